@@ -364,12 +364,13 @@ def main():
             if run.it > run.row_it and (run.it % every == 0 or run.it == args.iters):
                 loss, correct, skipped = total_stats().tolist()  # waits for the device: the updates never do
                 eval_start, updates = clock(), run.it - run.row_it
-                if not math.isfinite(loss) and not skipped or scaler.get_scale() < 1e-4:
+                average_running_statistics(net)
+                val_acc, val_nll = evaluate(net, evl_forward, evals['val'], check_signals)
+                diverged = not math.isfinite(loss) and not skipped or not math.isfinite(val_nll)
+                if diverged or scaler.get_scale() < 1e-4:
                     raise FloatingPointError(
                         f'the loss was not finite in updates {run.row_it} to {run.it} (loss scale '
                         f'{scaler.get_scale():g}). The checkpoint of update {run.row_it} is good.')
-                average_running_statistics(net)
-                val_acc, val_nll = evaluate(net, evl_forward, evals['val'], check_signals)
                 run.seconds = clock() - started
                 run.eval_seconds += clock() - eval_start
                 before = run.recent[-1]

@@ -117,7 +117,7 @@ class TrainBatches:
     def batches(self, start):
         """Yields uint8 images N x 3 x S x S and int64 labels N, N = batch / world, from iteration `start`."""
         chunks = self._chunks(start)
-        if self.images.device != self.device:
+        if self.images.device.type != self.device.type:
             chunks = ahead(chunks)
         for chunk in chunks:
             images, labels, draws = (t.to(self.device, non_blocking=True) for t in chunk)
@@ -127,7 +127,7 @@ class TrainBatches:
     def _chunks(self, start):
         """Images, labels and draws of several batches at once: fewer and larger operations."""
         local = self.batch // self.world
-        steps_at_once = max(1, min(16, 2 ** 25 // (local * self.images[0].numel())))
+        steps_at_once = max(1, min(16, 2 ** 24 // (local * self.images[0].numel())))
         epoch, step = divmod(start, self.per_epoch)
         while True:
             plan = torch.stack(augmentation_plan(self.seed, epoch, len(self)))
@@ -522,11 +522,11 @@ class ArrayUnpickler(pickle.Unpickler):
 
     ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
                ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
-               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0]}
+               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
+               ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
 
     def find_class(self, module, name):
-        if module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-            module = 'multiarray'
+        module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
         if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
             return lambda text, encoding: text.encode('latin1')
         if (module, name) not in self.ALLOWED:

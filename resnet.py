@@ -111,7 +111,7 @@ class ResNet(nn.Module):
 
     def features(self, images):
         """uint8 images, N x 3 x H x W -> float32 pooled features, N x channels."""
-        x = images * self.scale + self.shift
+        x = torch.addcmul(self.shift, images.float(), self.scale)
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for stage in self.stages:
             x = getattr(self, stage)(x)
@@ -130,14 +130,16 @@ def parameters(net):
 
 def multiply_adds(net, image_size):
     """Multiply-adds of convolutions and classifier for one image; free for a net on device 'meta'."""
-    total = net.fc.weight.numel()
+    total, training = net.fc.weight.numel(), net.training
 
     def count(layer, inputs, output):
         nonlocal total
         total += output.numel() * layer.weight[0].numel()
 
     hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, nn.Conv2d)]
-    net.features(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=net.fc.weight.device))
+    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=net.fc.weight.device)
+    net.eval().features(image)
+    net.train(training)
     for hook in hooks:
         hook.remove()
     return total
@@ -150,11 +152,11 @@ def main():
     for depth in STAGES:
         for width in (1, 2, 4) if depth == 20 else (1, 2) if depth in (18, 50) else (1,):
             with torch.device('meta'):
-                nets = {size: ResNet(depth, width, size, 10 if size == 32 else 1000, (0.5,) * 3, (0.5,) * 3)
-                        for size in (32, 64, 224)}
-            macs = [multiply_adds(net, size) / 1e6 for size, net in nets.items()]
-            print(f'{depth:5} {width:5} {parameters(nets[32]):13,} {parameters(nets[224]):15,}'
-                  f' {macs[0]:8.1f} {macs[1]:8.1f} {macs[2]:9.1f}')
+                small = ResNet(depth, width, 32, 10, (0.5,) * 3, (0.5,) * 3)  # 64 px has the same stem
+                large = ResNet(depth, width, 224, 1000, (0.5,) * 3, (0.5,) * 3)
+            macs = [multiply_adds(net, size) / 1e6 for net, size in ((small, 32), (small, 64), (large, 224))]
+            print(f'{depth:5} {width:5} {parameters(small):13,} {parameters(large):15,}'
+                  f' {macs[0]:8.1f} {macs[1]:8.1f} {macs[2]:9.1f}', flush=True)
 
 
 if __name__ == '__main__':
