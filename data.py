@@ -287,7 +287,7 @@ def read_arrays(name, folder):
                             f'{name} has {facts["classes"]} classes, 0 to {facts["classes"] - 1}.')
         if len(images) != full and not incomplete_allowed():
             raise UserError(f'{folder}/{which}_images.npy holds {len(images)} of {full} images. {again} '
-                            f'{INCOMPLETE}=1 in the environment takes a part of the set for a trial.')
+                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
         tensors = [torch.from_numpy(images), torch.from_numpy(labels)]
         tensors[0].mapping = images.base
         parts.append(tensors)
@@ -605,14 +605,29 @@ def prepare_from_imagenet(root, folder, size):
 
 # ---- command line ----
 
+SOURCES = {  # official files of each set, and what becomes of a set that has none
+    'CIFAR10_x32': (['cifar-10-batches-py', 'cifar-10-python.tar.gz'], 'downloaded when needed'),
+    'CIFAR100_x32': (['cifar-100-python', 'cifar-100-python.tar.gz'], 'downloaded when needed'),
+    'TinyImageNet200_x32': (['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
+    'TinyImageNet200_x64': (['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
+    'ImageNet1k_x32': (['Imagenet32_train', 'Imagenet32_train.zip', 'imagenet2012'],
+                       'missing: put Imagenet32_train and Imagenet32_val, or imagenet2012, here'),
+    'ImageNet1k_x64': (['Imagenet64_train', 'Imagenet64_train.zip', 'Imagenet64_train_part1',
+                        'Imagenet64_train_part1.zip', 'imagenet2012'],
+                       'missing: put Imagenet64_train and Imagenet64_val, or imagenet2012, here'),
+}
+
+
 def report(data_dir):
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
+        files, state = SOURCES[name]
+        found = [file for file in files if (data_dir / file).exists()]
         try:
-            if not (data_dir / name).exists():
-                state = 'not prepared' + (', downloaded when needed' if name[0] in 'CT' else '')
-            else:
-                state = 'ready: ' + read_arrays(name, data_dir / name)[2]
+            if (data_dir / name).exists():
+                state = f'ready: {read_arrays(name, data_dir / name)[2]}'
+            elif found:
+                state = f'not prepared yet, made from {found[0]} when needed'
         except UserError as error:
             state = str(error)
         print(f'{name:20} {facts["train"]:9,} {facts["val"]:6,} {facts["test"] or "":>6}  {state}')

@@ -508,7 +508,7 @@ def test_a_killed_preparation_is_begun_anew(tiny):
 
 def test_data_report_and_preview(small, tmp_path):
     report = run('data.py', '--data-dir', small, **SMALL)
-    assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'not prepared' in report
+    assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
     run('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small, **SMALL)
     assert Image.open(tmp_path / 'sheet.png').size == (816, 912)
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')

@@ -159,8 +159,8 @@ def header(args, config, devices, trn, evals, about):
         'compile': args.compile,
         'images': ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items()),
         'images from': about,
-        'in words': f'{args.iters / trn.per_epoch:.1f} epochs of {trn.per_epoch} updates; a batch is {WORLD} '
-                    f'ranks x {args.accum} passes x {args.batch // WORLD // args.accum} images',
+        'ranks, passes': f'{WORLD} x {args.accum} x {args.batch // WORLD // args.accum} images make a batch',
+        'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
     }
     return ''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + '\n' + COLUMNS
 
@@ -182,7 +182,7 @@ def read_checkpoint(path, config):
     """A checkpoint, on the CPU. No code in the file is run; UserError unless its config agrees with ours."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        theirs = checkpoint['config']
+        theirs = dict(checkpoint['config'])
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
         raise data.UserError(f'{path} is not a checkpoint of these scripts ({reason}).') from error
