@@ -242,51 +242,50 @@ def synthetic_arrays(name, batch):
     """
     facts, rng = SETS[name], np.random.default_rng(0)
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
-    patterns = rng.integers(64, 192, (classes, 4, 4, 3), dtype=np.uint8)
+    patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
     parts = []
     for n in (max(count, batch * 5 // 4), count // 5):
         labels = rng.integers(classes, size=n)
         images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
-        images += rng.integers(-64 % 256, 256, images.shape, dtype=np.uint8)
-        images += rng.integers(0, 64, images.shape, dtype=np.uint8)
+        images += rng.integers(64, size=images.shape, dtype=np.uint8)
+        images += rng.integers(64, size=images.shape, dtype=np.uint8)
         parts.append([torch.from_numpy(images), torch.from_numpy(labels)])
     return parts
 
 
 # ---- prepared arrays ----
 
-def read_arrays(name, folder):
+def read_arrays(name, folder, remedy=None):
     """Maps and checks a prepared set: ([images, labels] of train, the same of test, str: their origin).
 
     Raises:
         UserError: names the file that is missing, damaged, or of a wrong shape, type, length or range.
     """
-    facts = SETS[name]
+    facts, remedy = SETS[name], remedy or f'Delete {folder} and run the command again to have it made anew.'
     expected = {'train': facts['train'] + (facts['val'] if facts['test'] else 0),
                 'test': facts['test'] or facts['val']}
-    again = f'Delete {folder} and run the command again to make it anew.'
     parts = []
     for which, full in expected.items():
         arrays = []
         for what in ('images', 'labels'):
-            file = folder / f'{which}_{what}.npy'
+            file = f'{which}_{what}.npy'
             try:
-                arrays.append(np.load(file, mmap_mode='c' if what == 'images' else None))
+                arrays.append(np.load(folder / file, mmap_mode='c' if what == 'images' else None))
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f'{file} cannot be read ({error}). {again}') from error
+                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
         images, labels = arrays
         shape = (facts['size'], facts['size'], 3)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise UserError(f'{folder}/{which}_images.npy holds {images.dtype} {images.shape}; '
-                            f'{name} needs uint8 {("N", *shape)}.')
+            raise UserError(f'{name}: {which}_images.npy holds {images.dtype} {images.shape}, '
+                            f'but uint8 {("N", *shape)} is needed.')
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            raise UserError(f'{folder}/{which}_labels.npy holds {labels.dtype} {labels.shape}; '
-                            f'{len(images)} images need int64 ({len(images)},).')
+            raise UserError(f'{name}: {which}_labels.npy holds {labels.dtype} {labels.shape}, '
+                            f'but {len(images)} images need int64 ({len(images)},).')
         if len(labels) and not 0 <= labels.min() <= labels.max() < facts['classes']:
-            raise UserError(f'{folder}/{which}_labels.npy holds labels {labels.min()} to {labels.max()}; '
-                            f'{name} has {facts["classes"]} classes, 0 to {facts["classes"] - 1}.')
+            raise UserError(f'{name}: {which}_labels.npy holds labels {labels.min()} to {labels.max()}, '
+                            f'but the classes are 0 to {facts["classes"] - 1}.')
         if len(images) != full and not incomplete_allowed():
-            raise UserError(f'{folder}/{which}_images.npy holds {len(images)} of {full} images. {again} '
+            raise UserError(f'{name}: {which}_images.npy holds {len(images)} of {full} images. {remedy} '
                             f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
         tensors = [torch.from_numpy(images), torch.from_numpy(labels)]
         tensors[0].mapping = images.base
@@ -300,10 +299,10 @@ def new_folder(final):
     """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set."""
     final.parent.mkdir(parents=True, exist_ok=True)
     owner = f'.{socket.gethostname()}.'
-    for old in final.parent.glob(f'{final.name}.part{owner}*'):  # left by preparations that were killed
+    for old in final.parent.glob(f'{final.name}.part{owner}*') if os.name == 'posix' else ():
         try:
-            os.kill(int(old.suffix[1:]), 0)
-        except (ProcessLookupError, ValueError, OSError):
+            os.kill(int(old.suffix[1:]), 0)  # does this process live?
+        except ProcessLookupError:  # no: its preparation was killed
             shutil.rmtree(old, ignore_errors=True)
     folder = final.with_name(f'{final.name}.part{owner}{os.getpid()}')
     shutil.rmtree(folder, ignore_errors=True)
@@ -313,8 +312,11 @@ def new_folder(final):
         for file in FILES:
             with open(folder / file, 'rb+') as f:
                 os.fsync(f.fileno())
-        with contextlib.suppress(OSError):  # another process was quicker: its set is as good
+        try:
             folder.rename(final)
+        except OSError:
+            if not final.exists():  # or else another process was quicker, and its set is as good
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -337,7 +339,7 @@ def prepare(name, data_dir):
         try:
             with new_folder(final) as folder:
                 maker(name, data_dir, folder)
-                read_arrays(name, folder)
+                read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
         except OSError as error:
             reason = f'{error.filename or data_dir}: {error.strerror or error}'
             raise UserError(f'{name} could not be prepared ({reason}).') from error
@@ -355,7 +357,7 @@ def describe(folder, about, classes=()):
 
 
 class Progress:
-    """A line that counts up: on a terminal twice a second in place, elsewhere every tenth of the way."""
+    """A line that counts up: twice a second in place on a terminal, every tenth of the way elsewhere."""
 
     def __init__(self, label, total):
         self.label, self.total, self.start, self.shown = label, total, time.monotonic(), 0
@@ -596,8 +598,10 @@ def prepare_from_imagenet(root, folder, size):
     for which, source in (('train', root / 'train'), ('test', root / 'val')):
         files = [(p, label) for label, wnid in enumerate(wnids)
                  for p in (sorted((source / wnid).iterdir()) if (source / wnid).is_dir() else [])]
-        if not files:
-            raise UserError(f'{source} has no folders of images named like those of {root}/train.')
+        full = SETS[f'ImageNet1k_x{size}']['train' if which == 'train' else 'val']
+        if not files or (len(files) != full and not incomplete_allowed()):
+            raise UserError(f'{source} holds {len(files)} of {full} images in folders named like those of '
+                            f'{root}/train: unpack the official archives again.')
         decode_all(Path.read_bytes, [p for p, _ in files], folder / f'{which}_images.npy', size, box=True)
         np.save(folder / f'{which}_labels.npy', np.array([label for _, label in files], np.int64))
     describe(folder, f'{root.name} resized to {size} px by a box filter, classes are the sorted wnids', wnids)

@@ -71,6 +71,14 @@ def duration(seconds):
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
+def speed(rows):
+    """(updates per minute with evaluation, per second without) over the last 5000, from rows as in `run`."""
+    end = rows[-1]
+    start = next(row for row in rows if end[0] - row[0] <= 5000)
+    updates, seconds, eval_seconds = (b - a for a, b in zip(start, end, strict=True))
+    return 60 * updates / seconds, updates / (seconds - eval_seconds)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -145,15 +153,18 @@ def run_folder(args, dataset):
 
 def header(args, config, devices, trn, evals, about):
     """The first lines of a log: what it takes to judge the run, and to do it again."""
-    describe = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-    git = shutil.which('git') and subprocess.run(describe, cwd=SCRIPT.parent, capture_output=True, text=True)
-    sources = SCRIPT, SCRIPT.with_name('resnet.py'), SCRIPT.with_name('data.py')
+    sources, commit = [SCRIPT, SCRIPT.with_name('resnet.py'), SCRIPT.with_name('data.py')], ''
+    if shutil.which('git'):
+        git = dict(cwd=SCRIPT.parent, capture_output=True, text=True)
+        commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], **git).stdout.strip()
+        if commit and subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', *sources], **git).returncode:
+            commit += ', changed since'
     lines = {
         'command': f'{SCRIPT.name} {shlex.join(sys.argv[1:])}',
         'started': time.strftime('%Y-%m-%d %H:%M:%S'),
         'versions': f'torch {torch.__version__}, python {platform.python_version()}, {platform.system()}',
         'devices': devices,
-        'commit': git and git.stdout.strip() or 'unknown',
+        'commit': commit or 'unknown',
         **{f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources},
         **config,
         'compile': args.compile,
@@ -279,7 +290,7 @@ def main():
 
     # a new run, or the newest unfinished one from its last checkpoint on
     run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0,
-                          seconds=0.0, eval_seconds=0.0, recent=[(0, 0.0, 0.0)])  # it and these two, by row
+                          seconds=0.0, eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # rows: it and these two
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     state, log_path, folder = None, None, run_folder(args, config['dataset'])
     if RANK == 0:
@@ -373,20 +384,17 @@ def main():
                         f'{scaler.get_scale():g}). The checkpoint of update {run.row_it} is good.')
                 run.seconds = clock() - started
                 run.eval_seconds += clock() - eval_start
-                before = run.recent[-1]
-                run.recent = [r for r in run.recent if run.it - r[0] <= 5000]
-                run.recent.append((run.it, run.seconds, run.eval_seconds))
-                training = run.seconds - before[1] - (run.eval_seconds - before[2])
+                run.rows.append((run.it, run.seconds, run.eval_seconds))
+                iter_per_min, img_per_s = speed(run.rows)[0], args.batch * speed(run.rows[-2:])[1]
                 lr = sum(lr_at(i, args.iters, args.lr) for i in range(run.row_it, run.it)) / updates
-                per_minute = 60 * (run.it - run.recent[0][0]) / (run.seconds - run.recent[0][1])
                 is_best = val_acc > run.best_acc
                 if is_best:
                     run.best_it, run.best_acc, run.best_nll = run.it, val_acc, val_nll
                 images = updates * args.batch
+                wait_percent = 100 * waited * img_per_s / images
                 log(f'{run.it:7} {lr:10.3e} {loss / images:8.4f} {correct / images:7.4f} {val_acc:7.4f} '
-                    f'{val_nll:7.4f} {per_minute:8.0f} {images / training:7.0f} '
-                    f'{100 * waited / training:6.1f} {skipped:7.0f} {duration(run.seconds):>8}'
-                    f'{" *" * is_best}\n')
+                    f'{val_nll:7.4f} {iter_per_min:8.0f} {img_per_s:7.0f} {wait_percent:6.1f} '
+                    f'{skipped:7.0f} {duration(run.seconds):>8}{" *" * is_best}\n')
                 run.row_it, waited = run.it, 0.0
                 stats.zero_()
                 save()
@@ -414,7 +422,7 @@ def main():
             stats[2] += (scaler.scale(one) < scale) / WORLD  # it falls when an update is skipped, only then
             run.it += 1
             if live and clock() - shown > 0.5:
-                shown, (it, seconds, _) = clock(), run.recent[-1]
+                shown, (it, seconds, _) = clock(), run.rows[-1]
                 rate = (run.it - it) / (shown - started - seconds)
                 print(f'\r{run.it} of {args.iters}   {60 * rate:.0f} iter/min   '
                       f'{duration((args.iters - run.it) / rate)} left\033[K', end='', flush=True)
@@ -441,10 +449,8 @@ def main():
         key = name.lower().replace('-', '')  # val, tst; in, inv2
         fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
         rows += f'{name:6} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
-    (it, seconds, eval_seconds), end = run.recent[0], run.recent[-1]
-    training = end[1] - seconds - (end[2] - eval_seconds)
-    fields |= dict(iter_per_min=f'{60 * (end[0] - it) / (end[1] - seconds):.0f}',
-                   img_per_s=f'{(end[0] - it) * args.batch / training:.0f}',
+    iter_per_min, iter_per_s = speed(run.rows)
+    fields |= dict(iter_per_min=f'{iter_per_min:.0f}', img_per_s=f'{iter_per_s * args.batch:.0f}',
                    hours=f'{run.seconds / 3600:.3f}', world=WORLD, device=f'"{device_name}"',
                    torch=torch.__version__)
     result = ' '.join(f'{key}={value}' for key, value in fields.items())
@@ -454,6 +460,8 @@ def main():
 if __name__ == '__main__':
     try:
         main()
+        if WORLD > 1:
+            dist.destroy_process_group()
     except (data.UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         if RANK == 0:
             print(f'{SCRIPT.name}: {str(error).splitlines()[0]}', file=sys.stderr)

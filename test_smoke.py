@@ -480,10 +480,10 @@ def test_ready_made_arrays_are_checked(tmp_path, monkeypatch):
             data.read_arrays('CIFAR10_x32', folder)
     data.save_arrays(folder, 'test', *good)
     refused(good[0].astype(np.float32), good[1], 'float32')
-    refused(good[0].transpose(0, 3, 1, 2), good[1], r'needs uint8 .*32, 32, 3')
+    refused(good[0].transpose(0, 3, 1, 2), good[1], r'but uint8 .*32, 32, 3. is needed')
     refused(good[0], good[1][:3], '4 images need int64')
     refused(good[0], good[1].astype(np.int32), 'int32')
-    refused(good[0], good[1] + 10, 'labels 10 to 10; CIFAR10_x32 has 10 classes')
+    refused(good[0], good[1] + 10, 'labels 10 to 10, but the classes are 0 to 9')
     data.save_arrays(folder, 'train', *good)
     os.truncate(folder / 'test_images.npy', 5000)
     with pytest.raises(data.UserError, match='test_images.npy cannot be read.*Delete'):
@@ -610,16 +610,21 @@ def test_two_ranks(small, tmp_path):
 
 
 def test_fp16_skips_overflows_and_keeps_its_scale(small, tmp_path):
-    """From an absurd first scale: steps are skipped and counted, momentum and weights stay finite."""
+    """From an absurd first scale: updates are skipped and counted, momentum and weights stay finite, and a
+    resumed run goes on with the scale it had."""
     copy = HERE / 'mine_for_test.py'
     text = (HERE / 'cifar10_x32.py').read_text()
     assert 'GradScaler(args.device, ' in text
     copy.write_text(text.replace('GradScaler(args.device, ', 'GradScaler(args.device, 2.0 ** 22, '))
     flags = [copy.name, '--data-dir', small, '--log-dir', tmp_path, '--batch', 4, '--lr', 0.05, '--iters', 10,
-             '--precision', 'fp16', '--device', 'cpu']
+             '--precision', 'fp16', '--device', 'cpu', '--resume']
     try:
-        output = run(*flags, **SMALL)
-        skipped = sum(int(row[9]) for row in rows(output))
+        process = start(flags)
+        for line in process.stdout:
+            if line[:7].strip() == '6':
+                process.kill()
+        run(*flags, **SMALL)
+        skipped = sum(int(row[9]) for row in rows(only(tmp_path, '*.log').read_text()))
         checkpoint = torch.load(only(tmp_path, '*.last.pt'), weights_only=True)
         assert 0 < skipped < 10 and checkpoint['scaler']['scale'] == 2.0 ** (22 - skipped)
         assert all(t.isfinite().all() for t in weights(tmp_path).values())
@@ -647,6 +652,8 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
     best = only(reference_run[0], '*.best.pt')
     (tmp_path / 'text').write_text('no checkpoint')
     (tmp_path / 'log_file').touch()
+    torch.save({'config': Evil()}, tmp_path / 'evil.pt')
+    monkeypatch.chdir(tmp_path)
 
     def refused(*flags, words, **env):
         monkeypatch.setattr(sys, 'argv', [str(x) for x in (*SHORT, '--log-dir', tmp_path, *flags)])
@@ -659,6 +666,8 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
     refused('--batch', 10, '--accum', 3, words=['--batch 10 is not divisible', '3 passes'])
     refused('--eval', best, '--depth', 32, '--data-dir', small, words=['depth 20', '32'], **SMALL)
     refused('--eval', tmp_path / 'text', '--data-dir', small, words=['not a checkpoint'], **SMALL)
+    refused('--eval', tmp_path / 'evil.pt', '--data-dir', small, words=['not a checkpoint'], **SMALL)
+    assert not (tmp_path / 'evil').exists()
     refused('--eval', tmp_path / 'none', '--data-dir', small, words=['No such file'], **SMALL)
     refused('--log-dir', tmp_path / 'log_file', '--data-dir', small, words=['log_file', '--log-dir'], **SMALL)
     refused('--data-dir', small, words=['holds 250 of 50000 images'])
