@@ -87,6 +87,14 @@ def assert_same_weights(a, b):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def assert_same_rows(a, b):
+    """The logs of two folders have the same rows and results, each once; the times differ."""
+    a, b = (only(folder, '*.log').read_text() for folder in (a, b))
+    assert [row[:6] for row in rows(a)] == [row[:6] for row in rows(b)]
+    times = dict.fromkeys(('iter_per_min', 'img_per_s', 'hours'))
+    assert {**result(a), **times} == {**result(b), **times}
+
+
 @pytest.fixture(scope='session')
 def small(tmp_path_factory):
     """--data-dir with a CIFAR10_x32 of 250 + 50 images: what a subprocess trains on in seconds."""
@@ -557,10 +565,7 @@ def test_killed_and_resumed_weights_are_bit_identical(small, reference_run, tmp_
         assert process.wait() == -signal.SIGKILL
     run(*command, **SMALL)
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
-    text = only(tmp_path, '*.log').read_text()
-    steady = [[row[i] for i in (0, 1, 2, 3, 4, 5)] for row in rows(text)]  # without the times
-    assert steady == [row[:6] for row in rows(only(reference_run[0], '*.log').read_text())]
-    assert result(text)['tst_nll'] == result(reference_run[1])['tst_nll']
+    assert_same_rows(tmp_path, reference_run[0])
 
 
 def test_a_checkpoint_is_never_half_written(small, reference_run, tmp_path):
@@ -592,6 +597,7 @@ def test_a_signal_saves_and_exits(small, reference_run, tmp_path, number):
     assert process.wait() == 128 + number
     stopped = re.fullmatch(r'stopped by SIG\w+ at update (\d+); --resume continues\n', lines[-1])[1]
     assert f'resumed at update {stopped} on 1 x' in run(*command, '--resume', **SMALL)
+    assert_same_rows(tmp_path, reference_run[0])
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
 
 
@@ -607,7 +613,9 @@ def test_two_ranks(small, tmp_path):
     log = only(tmp_path / 'two', '*.log')
     log.write_text(two[:two.index('RESULT')])  # unfinished after all
     checkpoint = torch.load(log.with_suffix('.last.pt'), weights_only=True)
-    checkpoint['run']['it'] = checkpoint['run']['row_it'] = 6  # as if it had been stopped there
+    # as if it had been killed after update 6, the best so far, before the best weights were written
+    checkpoint['run'].update(it=6, row_it=6, best_it=6, best_acc=2.0)
+    log.with_suffix('.best.pt').unlink()
     torch.save(checkpoint, log.with_suffix('.last.pt'))
     assert 'resumed at update 6 on 1 x' in run(*flags, '--log-dir', tmp_path / 'two', '--resume', **SMALL)
 
