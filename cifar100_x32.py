@@ -81,7 +81,7 @@ def speed(rows):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s [flags]    without flags it trains the recipe; --help lists them')
     add = parser.add_argument
     add('--depth', type=int, default=DEPTH, choices=sorted(STAGES), help='layers (default: %(default)s)')

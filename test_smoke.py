@@ -673,6 +673,7 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
             cifar10_x32.main()
         says(str(error.value), *words)
     says(run('cifar10_x32.py', '--depth', 19, ok=2), '19', '18, 20, 32')
+    says(run('cifar10_x32.py', '--iter', 9, ok=2), 'unrecognized arguments: --iter')  # no guessing
     says(run(*SHORT, '--iters', 0, ok=2), 'start at 1')
     refused('--batch', 10, '--accum', 3, words=['--batch 10 is not divisible', '3 passes'])
     refused('--eval', best, '--depth', 32, '--data-dir', small, words=['depth 20', '32'], **SMALL)
