@@ -3,29 +3,41 @@
     python data.py                             what is on disk, the sizes of the splits, what is missing
     python data.py CIFAR10_x32                 prepares one set (the scripts do it themselves when needed)
     python data.py preview CIFAR10_x32 a.png   draws augmented training images with their labels
+    python data.py unpack imagenet2012         ILSVRC2012_*.tar -> imagenet2012/train, val and devkit
+    python data.py pack imagenet2012 --short-side 256    one file instead of 1.3 million, 4 times smaller;
+    python data.py pack imagenet2012 --as-is             or with the original bytes
 
 All take --data-dir (default: datasets). A prepared set is a folder <NAME>/ with {train,test}_images.npy
 (uint8, N x S x S x 3) and {train,test}_labels.npy (int64, N): four such files of your own are used as they
 are. Beside them classes.txt (a name per line) and about.txt (where the arrays came from) are optional.
+imagenet2012 stays in its JPEG files, which worker processes decode while the device computes.
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
 """
 import argparse
+import atexit
 import contextlib
+import functools
 import io
+import itertools
+import math
 import mmap
 import os
 import pickle
 import queue
+import re
 import shutil
+import signal
 import socket
 import sys
+import tarfile
 import threading
 import time
 import urllib.error
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,12 +59,23 @@ SETS = {
     'TinyImageNet200_x64': dict(size=64, classes=200, train=81920, val=18080, test=10000, **IMAGENET_PIXELS),
     'ImageNet1k_x32': dict(size=32, classes=1000, train=1281167, val=50000, test=0, **IMAGENET_PIXELS),
     'ImageNet1k_x64': dict(size=64, classes=1000, train=1281167, val=50000, test=0, **IMAGENET_PIXELS),
+    'imagenet2012': dict(size=224, classes=1000, train=1281167, val=50000, test=0, **IMAGENET_PIXELS),
 }
+# test sets for networks trained on imagenet2012, evaluated when present: (folder, classes, images)
+IMAGENET_TESTS = {
+    'IN-V2': ('imagenetv2-matched-frequency-format-val', 1000, 10000),
+    'IN-R': ('imagenet-r', 200, 30000),
+    'IN-A': ('imagenet-a', 200, 7500),
+    'IN-Sketch': ('imagenet-sketch', 1000, 50889),
+}
+ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
 INCOMPLETE = 'ALLOW_INCOMPLETE_DATA'  # environment variable: accept a part of a set, split in proportion
 PAD = 4  # pixels of zeros on each side before the random crop
 SHIFTS = 2 * PAD + 1
 IGNORE = -100  # label of the images that fill up the last evaluation batch; cross_entropy passes over it
+CROP, SHORT_SIDE = 224, 256  # pixels: of encoded images, and to which they are resized for evaluation
+PIECE = 64  # images that a loader process decodes at once
 
 
 class UserError(Exception):
@@ -108,8 +131,6 @@ class TrainBatches:
         self.images, self.labels, self.seed, self.device = images, labels, seed, torch.device(device)
         self.batch, self.rank, self.world = batch, rank, world
         self.per_epoch = len(images) // batch  # the ragged last batch is dropped
-        if self.per_epoch == 0:
-            raise UserError(f'--batch {batch} is more than the {len(images)} training images.')
 
     def __len__(self):
         return len(self.images)
@@ -177,6 +198,8 @@ class EvalBatches:
     TrainBatches, but batch is that of one rank.
     """
 
+    absent = None  # bool, one per class: those that the set has no images of, when it is made of a few only
+
     def __init__(self, images, labels, batch, device, rank=0, world=1):
         self.images, self.labels, self.batch, self.device = images, labels, batch, torch.device(device)
         self.rank, self.world = rank, world
@@ -196,7 +219,206 @@ class EvalBatches:
             forget(self.images)
 
 
-def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False):
+# ---- batches of images in files ----
+
+def default_workers():
+    """One for each core that this process may use, shared among the ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+class EncodedImages:
+    """JPEG (or other) images with their labels, in files of their own or one after the other in a single one.
+
+    Args:
+        path: the folder, or the single file. names: bytes array of N, paths relative to the folder.
+        labels: int64 array of N. starts: int64 array of N + 1, offsets in the single file, or else None.
+    """
+
+    def __init__(self, path, names, labels, starts=None):
+        self.path, self.names, self.labels, self.starts = path, names, labels, starts
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i):
+        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
+        where = self.path / os.fsdecode(self.names[i].item())
+        try:
+            if self.starts is None:
+                return np.fromfile(where, np.uint8), where
+            start, end = self.starts[i:i + 2].tolist()
+            return np.fromfile(self.path, np.uint8, end - start, offset=start), where
+        except OSError as error:
+            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
+                from error
+
+
+def decode_tensor(encoded, path):
+    """Encoded bytes (uint8 array) -> uint8 3 x H x W, the pixels that pillow's convert('RGB') gives."""
+    with contextlib.suppress(RuntimeError, ImportError):  # no JPEG, or a damaged one: pillow decides which
+        from torchvision.io import decode_jpeg  # imported here: it takes a second
+        image = decode_jpeg(torch.from_numpy(encoded))
+        if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
+            return image.expand(3, -1, -1)
+    return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
+
+
+def resize(image, top, left, height, width, size):
+    """A box of an image, uint8 3 x H x W, resized to size = (rows, columns), bilinear with antialiasing."""
+    box = image[None, :, top:top + height, left:left + width]
+    return F.interpolate(box.contiguous(memory_format=torch.channels_last), size, mode='bilinear',
+                         antialias=True)[0]
+
+
+def random_box(height, width, draws):
+    """(top, left, height, width) of a training crop: area 8 to 100 %, aspect 3/4 to 4/3, log-uniform.
+
+    As torchvision's RandomResizedCrop: the first of ten tries that fits into the image, or else the largest
+    centred box of an allowed aspect. draws: 10 x 4 uniform numbers in [0, 1), for area, aspect, top, left.
+    """
+    for area, aspect, top, left in draws.tolist():
+        area = height * width * (0.08 + 0.92 * area)
+        aspect = 3 / 4 * (16 / 9) ** aspect
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop(image, draws, flip):
+    """uint8 3 x H x W -> 3 x 224 x 224, as random_box has it, mirrored if `flip`."""
+    crop = resize(image, *random_box(*image.shape[1:], draws), (CROP, CROP))
+    return crop.flip(2) if flip else crop
+
+
+def center_crop(image):
+    """uint8 3 x H x W -> 3 x 224 x 224: the short side is resized to 256, then the centre is cut out."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    rows, columns = SHORT_SIDE * height // short, SHORT_SIDE * width // short
+    if short != SHORT_SIDE:
+        image = resize(image, 0, 0, height, width, (rows, columns))
+    top, left = round((rows - CROP) / 2), round((columns - CROP) / 2)
+    return image[:, top:top + CROP, left:left + CROP]
+
+
+class JpegBatches(torch.utils.data.Dataset):
+    """What training and evaluation batches of encoded images share: pieces of them, decoded by processes.
+
+    Args:
+        images: EncodedImages. batch: images in one rank's batch. device: where the batches are wanted.
+        workers: decoding processes, 0 for none. rank, world: of the processes that train.
+    """
+
+    def __init__(self, images, batch, device, workers, rank, world):
+        self.images, self.batch, self.device, self.workers = images, batch, torch.device(device), workers
+        self.rank, self.world = rank, world
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        """A worker's task: (uint8 n x 3 x 224 x 224, int64 n) of batch `key[0]` from position `key[1]` on.
+
+        A UserError comes back as its text: raised here, it would arrive wrapped in a traceback.
+        """
+        number, first = key
+        count = min(PIECE, self.batch - first)
+        images = torch.zeros(count, 3, CROP, CROP, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        labels = torch.full((count,), IGNORE)
+        try:
+            for k, (i, crop) in enumerate(self.crops(number, first, count)):
+                images[k] = crop(decode_tensor(*self.images.read(i)))
+                labels[k] = self.images.labels[i].item()
+        except UserError as error:
+            return str(error)
+        return images, labels
+
+    def stream(self, numbers):
+        """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
+        stream = self._stream(numbers)
+        atexit.register(stream.close)  # ends the loader processes, which do not listen to SIGTERM
+        return stream
+
+    def _stream(self, numbers):
+        pieces = range(0, self.batch, PIECE)
+        ahead = {'prefetch_factor': 2 + 2 * len(pieces) // self.workers} if self.workers else {}
+        loader = iter(torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=((number, first) for number in numbers for first in pieces),
+            num_workers=self.workers, worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda',
+            **ahead))
+        if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        batch = []
+        try:
+            for piece in loader:
+                if isinstance(piece, str):
+                    raise UserError(piece)
+                batch.append([t.to(self.device, non_blocking=True) for t in piece])
+                if len(batch) == len(pieces):
+                    yield [torch.cat(parts) for parts in zip(*batch, strict=True)]
+                    batch = []
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a smaller '
+                          '--workers helps; go on with --resume.') from error
+
+
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a cluster sends them to all processes:
+        signal.signal(number, signal.SIG_IGN)       # the main one answers, and ends this one
+
+
+class JpegTrainBatches(JpegBatches):
+    """Training batches as TrainBatches has them, of encoded images; `batch` is the global one."""
+
+    def __init__(self, images, batch, seed, device, workers=0, rank=0, world=1):
+        super().__init__(images, batch // world, device, workers, rank, world)
+        self.seed, self.per_epoch, self.order = seed, len(images) // batch, (None, None)
+
+    def crops(self, number, first, count):
+        """Yields (image, function that crops it) for positions of this rank's batch in update `number`."""
+        epoch, step = divmod(number, self.per_epoch)
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        rng, batch = np.random.default_rng((self.seed, epoch, step + 1)), self.batch * self.world
+        draws, flips = rng.random((batch, 10, 4)), rng.random(batch) < 0.5
+        first += self.rank * self.batch
+        for k in range(first, first + count):
+            crop = functools.partial(random_crop, draws=draws[k], flip=flips[k])
+            yield self.order[1][step * batch + k], crop
+
+    def batches(self, start):
+        """Yields uint8 N x 3 x 224 x 224 and int64 N, N = batch / world, from iteration `start` on."""
+        return self.stream(itertools.count(start))
+
+
+class JpegEvalBatches(JpegBatches):
+    """Evaluation batches as EvalBatches has them, of encoded images.
+
+    restrict: the set has images of a few classes only, and the logits of the others do not count.
+    """
+
+    def __init__(self, images, batch, device, workers=0, rank=0, world=1, classes=1000, restrict=False):
+        super().__init__(images, batch, device, workers, rank, world)
+        self.absent = torch.from_numpy(np.bincount(images.labels, minlength=classes) == 0).to(device) \
+            if restrict else None
+
+    def crops(self, number, first, count):
+        """Yields (image, function that crops it) for positions of this rank's batch of that number."""
+        start = self.rank + (number * self.batch + first) * self.world
+        for i in range(start, len(self), self.world)[:count]:
+            yield i, center_crop
+
+    def __iter__(self):
+        return self.stream(range(math.ceil(len(self) / (self.batch * self.world))))
+
+
+# ---- loading ----
+
+def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None):
     """Training batches and evaluation sets of a prepared data set.
 
     Arrays that take less than half of the free GPU memory are put there; others stay in mapped files.
@@ -204,11 +426,24 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     Args:
         name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
         eval_batch: images in one rank's evaluation batch. synthetic: generated images, nothing on disk.
+        workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
     Returns:
-        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin)
+        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
+        of imagenet2012 the same for files, and the test sets are IN (= val), IN-V2 and others on disk.
     Raises:
         UserError: when the files are missing, damaged or not those of this set.
     """
+    if name == 'imagenet2012' and not synthetic:
+        workers = default_workers() if workers is None else workers
+        parts, wnids, about = open_imagenet(Path(data_dir))
+        shared = torch.device(device), workers, rank, world
+        evals = {'val': JpegEvalBatches(parts['val'], eval_batch, *shared)}
+        evals['IN'] = evals['val']
+        for test, (folder, classes, count) in IMAGENET_TESTS.items():
+            if (Path(data_dir) / folder).is_dir():
+                images = open_folder(Path(data_dir) / folder, wnids, classes, count)
+                evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
+        return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
     else:
@@ -309,8 +544,8 @@ def new_folder(final):
     folder.mkdir()
     try:
         yield folder
-        for file in FILES:
-            with open(folder / file, 'rb+') as f:
+        for file in folder.iterdir():
+            with open(file, 'rb+') as f:
                 os.fsync(f.fileno())
         try:
             folder.rename(final)
@@ -330,6 +565,9 @@ def prepare(name, data_dir):
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir = Path(data_dir)
+    if name == 'imagenet2012':
+        open_imagenet(data_dir)  # lists its files, once
+        return
     final = data_dir / name
     if not all((final / file).exists() for file in FILES):
         if final.exists():
@@ -402,29 +640,33 @@ def decode(data, path, box=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # 'Corrupt EXIF data': harmless
-            image = Image.open(io.BytesIO(data)).convert('RGB')
+            image = Image.open(io.BytesIO(data))
+            if image.mode.startswith('I'):  # 16 bits: convert() would clip them
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert('RGB')
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
     return np.asarray(image.resize((box, box), Image.BOX) if box else image)
 
 
-def decode_all(read, paths, file, size, box=False):
-    """Decodes `paths` on all cores into a new .npy file, uint8 N x size x size x 3."""
-    images = np.lib.format.open_memmap(file, 'w+', np.uint8, (len(paths), size, size, 3))
-    progress = Progress(file.stem.replace('_', ' '), len(paths))
+def decode_all(read, count, file, size, box=False):
+    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path)."""
+    images = np.lib.format.open_memmap(file, 'w+', np.uint8, (count, size, size, 3))
+    progress = Progress(file.stem.replace('_', ' '), count)
 
     def work(start):
-        for i in range(start, min(start + 64, len(paths))):
-            image = decode(read(paths[i]), paths[i], size if box else None)
+        for i in range(start, min(start + 64, count)):
+            encoded, path = read(i)
+            image = decode(encoded, path, size if box else None)
             if image.shape != images.shape[1:]:
-                raise UserError(f'{paths[i]} has {image.shape[:2]} pixels, not {(size, size)}.')
+                raise UserError(f'{path} has {image.shape[:2]} pixels, not {(size, size)}.')
             images[i] = image
 
     # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for i, _ in enumerate(pool.map(work, range(0, len(paths), 64))):
-            progress(min(64 * (i + 1), len(paths)))
+        for i, _ in enumerate(pool.map(work, range(0, count, 64))):
+            progress(min(64 * (i + 1), count))
     finally:
         pool.shutdown(cancel_futures=True)
     images.flush()
@@ -469,8 +711,8 @@ def prepare_tiny_imagenet(name, data_dir, folder):
         reason = f'{min(unknown)} is not in wnids.txt' if unknown else 'train/ or val/ has no images'
         raise UserError(f'{root} is not TinyImageNet: {reason}.')
     train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
-    decode_all(read, [file for _, file in train], folder / FILES[0], 64)
-    decode_all(read, [file for file, _ in test], folder / FILES[2], 64)
+    decode_all(lambda i: (read(train[i][1]), train[i][1]), len(train), folder / FILES[0], 64)
+    decode_all(lambda i: (read(test[i][0]), test[i][0]), len(test), folder / FILES[2], 64)
     np.save(folder / FILES[1], np.array([label[wnid] for wnid, _ in train], np.int64))
     np.save(folder / FILES[3], np.array([label[wnid] for _, wnid in test], np.int64))
     words = dict(line.split('\t', 1) for line in lines('words.txt') if '\t' in line)
@@ -492,7 +734,7 @@ def tiny_imagenet_source(data_dir):
             download_url(url, str(data_dir), part, '90528d7ca1a48142e341f4ef8d21d0de')
         except (OSError, RuntimeError, urllib.error.URLError) as error:
             (data_dir / part).unlink(missing_ok=True)
-            raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}). Put '
+            raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}): put '
                             f'{url} there, or try the script with --synthetic.') from error
         (data_dir / part).rename(archive)
     zipped = open_zip(archive)
@@ -551,7 +793,7 @@ def prepare_imagenet1k(name, data_dir, folder):
     wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
     missing = [batch for batches in wanted.values() for batch in batches if batch not in sources]
     if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
-        return prepare_from_imagenet(data_dir / 'imagenet2012', folder, size)
+        return prepare_from_imagenet(data_dir, folder, size)
     if len(missing) == 11 or (missing and not incomplete_allowed()):
         raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
                         f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
@@ -591,20 +833,212 @@ def read_batch(source, size):
     return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
 
 
-def prepare_from_imagenet(root, folder, size):
-    wnids = sorted(p.name for p in (root / 'train').glob('n*') if p.is_dir())
-    if len(wnids) != 1000 and not incomplete_allowed():
-        raise UserError(f'{root}/train has {len(wnids)} class folders (n01440764 ...) of 1000.')
-    for which, source in (('train', root / 'train'), ('test', root / 'val')):
-        files = [(p, label) for label, wnid in enumerate(wnids)
-                 for p in (sorted((source / wnid).iterdir()) if (source / wnid).is_dir() else [])]
-        full = SETS[f'ImageNet1k_x{size}']['train' if which == 'train' else 'val']
-        if not files or (len(files) != full and not incomplete_allowed()):
-            raise UserError(f'{source} holds {len(files)} of {full} images in folders named like those of '
-                            f'{root}/train: unpack the official archives again.')
-        decode_all(Path.read_bytes, [p for p, _ in files], folder / f'{which}_images.npy', size, box=True)
-        np.save(folder / f'{which}_labels.npy', np.array([label for _, label in files], np.int64))
-    describe(folder, f'{root.name} resized to {size} px by a box filter, classes are the sorted wnids', wnids)
+def prepare_from_imagenet(data_dir, folder, size):
+    parts, wnids, _ = open_imagenet(data_dir, packed=False)
+    for which, images in (('train', parts['train']), ('test', parts['val'])):
+        decode_all(images.read, len(images), folder / f'{which}_images.npy', size, box=True)
+        np.save(folder / f'{which}_labels.npy', images.labels)
+    describe(folder, f'imagenet2012 resized to {size} px, box filter, classes are the sorted wnids', wnids)
+
+
+# ---- imagenet2012: files, archives, pack ----
+
+def list_images(folder):
+    """([class folders], bytes array of the image files in them as class/file, int64 array: their classes).
+
+    A folder without class folders gives [], its own files and zeros. Class folders are wnids (n01440764) or
+    integers. The list is kept in <folder>-index.npz, for as long as no class folder changes.
+    """
+    classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(r'n\d{8}|\d+', f.name) and f.is_dir())
+    modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
+    index = folder.with_name(f'{folder.name}-index.npz')
+    with contextlib.suppress(Exception):  # whatever is wrong with it: the folders are read again
+        with np.load(index) as kept:
+            if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
+                return classes, kept['names'], np.repeat(np.arange(len(classes)), kept['counts'])
+
+    def files(name):
+        return sorted(f.name for f in os.scandir(folder / name)
+                      if f.name.lower().endswith(('.jpeg', '.jpg', '.png')))
+    with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
+        found = list(pool.map(files, classes or ['']))
+    paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
+    names = np.array([os.fsencode(path) for path in paths], np.bytes_)
+    counts = np.array([len(fs) for fs in found])
+    if classes:
+        with contextlib.suppress(OSError):  # the folder may be read-only
+            part = index.with_name(f'{index.name}.part{os.getpid()}.npz')
+            np.savez(part, classes=classes, modified=modified, names=names, counts=counts)
+            part.replace(index)
+    return classes, names, np.repeat(np.arange(len(counts)), counts)
+
+
+def open_folder(folder, wnids, classes, images):
+    """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
+
+    Raises UserError unless there are that many classes and images, or for an unknown class.
+    """
+    names, files, which = list_images(folder)
+    place = {wnid: i for i, wnid in enumerate(wnids)}
+    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
+    unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
+    if unknown:
+        raise UserError(f'{folder}/{unknown[0]} is not one of the {len(wnids)} classes of ImageNet.')
+    if (len(names), len(files)) != (classes, images) and not incomplete_allowed():
+        raise UserError(f'{folder} holds {len(files)} of {images} images, in {len(names)} of {classes} class '
+                        f'folders. Unpack its archive again, or accept a part with {INCOMPLETE}=1.')
+    return EncodedImages(folder, files, np.array(labels, np.int64)[which])
+
+
+def open_imagenet(data_dir, packed=True):
+    """({'train': EncodedImages, 'val': EncodedImages}, [1000 wnids, sorted], str: their origin).
+
+    Raises:
+        UserError: when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
+    """
+    root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
+    if packed and pack.is_dir():
+        return open_pack(pack)
+    present = [part for part in ('train', 'val') if (root / part).is_dir()]
+    if not present or (len(present) < 2 and not incomplete_allowed()):
+        raise UserError(f'{root} needs train/ and val/: put {", ".join(ARCHIVES)} (image-net.org) into '
+                        f'{data_dir} and run python data.py unpack imagenet2012, or try --synthetic.')
+    wnids = list_images(root / present[0])[0]
+    if len(wnids) != facts['classes'] and not incomplete_allowed():
+        raise UserError(f'{root}/{present[0]} has {len(wnids)} class folders (n01440764 ...), not 1000. '
+                        'Unpack its archive again.')
+    nothing = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
+    parts = {'train': nothing, 'val': nothing}
+    for part in present:
+        if part == 'val' and not list_images(root / part)[0]:
+            parts[part] = open_flat_val(root, wnids)
+        else:
+            parts[part] = open_folder(root / part, wnids, facts['classes'], facts[part])
+    return parts, wnids, 'imagenet2012, classes are the sorted wnids'
+
+
+def open_flat_val(root, wnids):
+    """imagenet2012/val with its 50000 files in no class folders: labels from the development kit beside it.
+
+    Its meta.mat is a MATLAB 5 file (a header of 128 bytes, then a tag of 8 and compressed data), in which the
+    synsets stand in the order of their ids from 1; the ids of the images are in the ground truth file.
+    """
+    kit, files = root / 'ILSVRC2012_devkit_t12' / 'data', list_images(root / 'val')[1]
+    try:
+        truth = [int(i) for i in (kit / 'ILSVRC2012_validation_ground_truth.txt').read_text().split()]
+        meta = (kit / 'meta.mat').read_bytes()
+        if meta[128] == 15:  # miCOMPRESSED
+            meta = zlib.decompress(meta[136:])
+    except (OSError, ValueError, IndexError, zlib.error) as error:
+        raise UserError(f'{root}/val has no class folders, and {kit} cannot be read for labels ({error}). '
+                        f'Put {ARCHIVES[2]} beside it, run python data.py unpack imagenet2012.') from error
+    synsets = [wnid.decode() for wnid in re.findall(rb'n\d{8}', meta.replace(b'\0', b''))]  # 8 or 16 bits
+    numbers = [int(os.fsdecode(file)[-13:-5]) for file in files.tolist()]  # ILSVRC2012_val_00000001.JPEG
+    if sorted(synsets[:1000]) != wnids or len(truth) != 50000 or (
+            numbers != list(range(1, 50001)) and not incomplete_allowed()):
+        raise UserError(f'{root}/val and {kit} do not fit together: {len(files)} images, {len(truth)} '
+                        f'labels, {len(set(synsets))} classes. Unpack their archives again.')
+    place = {wnid: i for i, wnid in enumerate(wnids)}
+    return EncodedImages(root / 'val', files, np.array([place[synsets[truth[n - 1] - 1]] for n in numbers]))
+
+
+def unpack_imagenet(data_dir):
+    """Unpacks the official archives found in data_dir or imagenet2012/; goes on where it was stopped."""
+    root = data_dir / 'imagenet2012'
+    found = {name: path for name in ARCHIVES for path in (root / name, data_dir / name) if path.exists()}
+    if not found:
+        raise UserError(f'None of {", ".join(ARCHIVES)} is in {data_dir}: fetch them from https://image-net.org')
+    (root / 'train').mkdir(parents=True, exist_ok=True)
+    for name, archive in found.items():
+        print(f'{archive}')
+        try:
+            with tarfile.open(archive) as tar:
+                if name == ARCHIVES[0]:
+                    members = [m for m in tar if re.fullmatch(r'n\d{8}\.tar', m.name)]
+                    progress = Progress('classes', len(members))
+                    for i, member in enumerate(members):
+                        with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                            unpack(inner, root / 'train' / member.name[:9], r'n\d{8}_\d+\.JPEG')
+                        progress(i + 1)
+                elif name == ARCHIVES[1]:
+                    unpack(tar, root / 'val', r'ILSVRC2012_val_\d{8}\.JPEG')
+                else:
+                    kit = root / 'ILSVRC2012_devkit_t12' / 'data'
+                    unpack(tar, kit, r'meta\.mat|ILSVRC2012_validation_ground_truth\.txt')
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise UserError(f'{archive} is damaged ({error}). Fetch it again.') from error
+    open_imagenet(data_dir, packed=False)
+
+
+def unpack(tar, folder, pattern):
+    """Writes the files of an archive whose last name fits the pattern into `folder`, unless it exists."""
+    if folder.exists():
+        return
+    with new_folder(folder) as part:
+        for member in tar:
+            name = member.name.rsplit('/', 1)[-1]
+            if member.isfile() and re.fullmatch(pattern, name):  # such a name cannot lead outside
+                with tar.extractfile(member) as source, open(part / name, 'wb') as file:
+                    shutil.copyfileobj(source, file)
+
+
+def pack_imagenet(data_dir, short_side=None):
+    """Writes imagenet2012-pack/: {train,val}.bin with the encoded images, {train,val}.npz with their index.
+
+    short_side: pixels; larger training images are resized to it (Lanczos) and encoded again, quality 90;
+    None keeps them. The images of val always keep their bytes, so that accuracies stay comparable.
+    """
+    parts, wnids, about = open_imagenet(data_dir, packed=False)
+    final = data_dir / 'imagenet2012-pack'
+    if final.exists():
+        raise UserError(f'{final} is there already. Delete it to have it made anew.')
+
+    def encode(images, i, side):
+        encoded, path = images.read(i)
+        if side is None or min(size := Image.open(io.BytesIO(encoded)).size) <= side:
+            return encoded.tobytes()
+        size = [side * length // min(size) for length in size]
+        buffer = io.BytesIO()
+        Image.fromarray(decode(encoded, path)).resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
+        return buffer.getvalue()
+
+    try:
+        with new_folder(final) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part, images in parts.items():
+                progress, starts = Progress(part, len(images)), [0]
+                work = functools.partial(encode, images, side=short_side if part == 'train' else None)
+                with open(folder / f'{part}.bin', 'wb') as file:
+                    for first in range(0, len(images), 1024):
+                        for encoded in pool.map(work, range(first, min(first + 1024, len(images)))):
+                            file.write(encoded)
+                            starts.append(starts[-1] + len(encoded))
+                        progress(len(starts) - 1)
+                np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
+                         wnids=wnids)
+            how = f'short side {short_side}, quality 90; val as it is' if short_side else 'as it is'
+            describe(folder, f'{about}, packed: {how}')
+    except OSError as error:
+        raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
+
+
+def open_pack(pack):
+    """The same as open_imagenet, from what pack_imagenet has written."""
+    parts = {}
+    for part in ('train', 'val'):
+        try:
+            with np.load(pack / f'{part}.npz') as index:
+                names, labels, starts = index['names'], index['labels'], index['starts']
+                wnids = index['wnids'].tolist()
+            parts[part] = EncodedImages(pack / f'{part}.bin', names, labels, starts)
+            size = (pack / f'{part}.bin').stat().st_size
+            if size != starts[-1]:
+                raise ValueError(f'{part}.bin has {size} bytes, not {starts[-1]}')
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
+        full = SETS['imagenet2012'][part]
+        if len(names) != full and not incomplete_allowed():
+            raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
+    return parts, wnids, (pack / 'about.txt').read_text().strip()
 
 
 # ---- command line ----
@@ -619,6 +1053,8 @@ SOURCES = {  # official files of each set, and what becomes of a set that has no
     'ImageNet1k_x64': (['Imagenet64_train', 'Imagenet64_train.zip', 'Imagenet64_train_part1',
                         'Imagenet64_train_part1.zip', 'imagenet2012'],
                        'missing: put Imagenet64_train and Imagenet64_val, or imagenet2012, here'),
+    'imagenet2012': (['imagenet2012-pack', 'imagenet2012'],
+                     'missing: put the official archives here; unpack imagenet2012'),
 }
 
 
@@ -628,13 +1064,18 @@ def report(data_dir):
         files, state = SOURCES[name]
         found = [file for file in files if (data_dir / file).exists()]
         try:
-            if (data_dir / name).exists():
+            if name == 'imagenet2012':
+                state = f'ready: {open_imagenet(data_dir)[2]}' if found else state
+            elif (data_dir / name).exists():
                 state = f'ready: {read_arrays(name, data_dir / name)[2]}'
             elif found:
                 state = f'not prepared yet, made from {found[0]} when needed'
         except UserError as error:
             state = str(error)
         print(f'{name:20} {facts["train"]:9,} {facts["val"]:6,} {facts["test"] or "":>6}  {state}')
+    for name, (folder, _, images) in IMAGENET_TESTS.items():
+        state = 'evaluated' if (data_dir / folder).is_dir() else f'missing, optional: {folder}/'
+        print(f'  {name:18} {"":9} {"":6} {images:6}  {state}')
 
 
 def preview(name, data_dir, file, scale=3):
@@ -662,7 +1103,10 @@ def preview(name, data_dir, file, scale=3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('words', nargs='*', metavar='NAME | preview NAME OUT.png')
+    parser.add_argument('words', nargs='*', metavar='NAME | preview NAME OUT.png | unpack NAME | pack NAME')
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument('--short-side', type=int, metavar='PIXELS', help='pack: resize larger images to it')
+    how.add_argument('--as-is', action='store_true', help='pack: keep the bytes of all images')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: datasets')
     args = parser.parse_args()
     try:
@@ -670,11 +1114,16 @@ def main():
             report(args.data_dir)
         elif args.words[0] == 'preview' and len(args.words) == 3:
             preview(args.words[1], args.data_dir, args.words[2])
+        elif args.words == ['unpack', 'imagenet2012']:
+            unpack_imagenet(args.data_dir)
+        elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
+            pack_imagenet(args.data_dir, args.short_side)
         elif len(args.words) == 1:
             prepare(args.words[0], args.data_dir)
             report(args.data_dir)
         else:
-            raise UserError('Say nothing, NAME, or preview NAME OUT.png; --help has more.')
+            raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
+                            'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
     except (UserError, OSError) as error:
         print(f'data.py: {error}', file=sys.stderr)
         sys.exit(2)

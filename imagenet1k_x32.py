@@ -193,6 +193,8 @@ def read_checkpoint(path, config):
     """A checkpoint, on the CPU. No code in the file is run; UserError unless its config agrees with ours."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):  # a bare state_dict
+            checkpoint = {'config': config, 'net': checkpoint}
         theirs = dict(checkpoint['config'])
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
@@ -219,6 +221,8 @@ def evaluate(net, forward, batches, check_signals):
     for images, labels in batches:
         check_signals()
         logits = forward(images)
+        if batches.absent is not None:
+            logits = logits.masked_fill(batches.absent, -math.inf)
         nll = F.cross_entropy(logits, labels, reduction='sum')
         totals += torch.stack([(logits.argmax(1) == labels).sum(), nll, (labels >= 0).sum()])
     if WORLD > 1:
@@ -245,7 +249,7 @@ def main():
             dist.barrier(control)
     facts, per_pass = data.SETS[DATASET], args.batch // WORLD // args.accum
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
-                                  RANK, WORLD, args.synthetic)
+                                  RANK, WORLD, args.synthetic, args.workers)
     kind = '-synthetic' if args.synthetic else '-incomplete' if len(trn) < facts['train'] else ''
 
     # network, optimizer and the two forward passes
@@ -281,12 +285,18 @@ def main():
     if args.compile:
         trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
     if args.eval:
-        net.load_state_dict(read_checkpoint(args.eval, shape)['net'])
+        try:
+            net.load_state_dict(read_checkpoint(args.eval, shape)['net'])
+        except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
+            reason = ' '.join(str(error).split())[:200]
+            raise data.UserError(f'{args.eval} does not fit --depth and --width ({reason} ...)') from error
         for name, batches in evals.items():
             accuracy, nll = evaluate(net, evl_forward, batches, lambda: None)
             if RANK == 0:
-                print(f'{name:6} acc {accuracy:.4f}  nll {nll:.4f}  {len(batches)} images')
+                print(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(batches)} images')
         return
+    if trn.per_epoch == 0:
+        raise data.UserError(f'--batch {args.batch} is more than the {len(trn)} training images.')
 
     # a new run, or the newest unfinished one from its last checkpoint on
     run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0,
@@ -448,7 +458,7 @@ def main():
     for name, (accuracy, nll) in {'val': (run.best_acc, run.best_nll), **results}.items():
         key = name.lower().replace('-', '')  # val, tst; in, inv2
         fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
-        rows += f'{name:6} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
+        rows += f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
     iter_per_min, iter_per_s = speed(run.rows)
     fields |= dict(iter_per_min=f'{iter_per_min:.0f}', img_per_s=f'{iter_per_s * args.batch:.0f}',
                    hours=f'{run.seconds / 3600:.3f}', world=WORLD, device=f'"{device_name}"',

@@ -7,15 +7,19 @@ import csv
 import difflib
 import importlib
 import io
+import multiprocessing
 import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,7 @@ import resnet
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ['cifar10_x32', 'cifar100_x32', 'tinyimagenet200_x32', 'tinyimagenet200_x64', 'imagenet1k_x32',
-           'imagenet1k_x64']
+           'imagenet1k_x64', 'imagenet2012']
 MARK = '# ==== identical in all seven scripts below this line (test_smoke.py) ====\n'
 
 
@@ -118,7 +122,7 @@ REFERENCE = list(csv.DictReader(open(HERE / 'logs' / 'reference.csv')))
 
 def test_parameter_counts_of_all_reference_rows():
     for row in REFERENCE:
-        facts = data.SETS.get(row['dataset'], dict(size=224, classes=1000, **data.IMAGENET_PIXELS))
+        facts = data.SETS[row['dataset']]
         with torch.device('meta'):
             net = resnet.ResNet(int(row['depth']), int(row['width']), facts['size'], facts['classes'],
                                 facts['mean'], facts['std'])
@@ -196,12 +200,11 @@ def test_scripts_are_identical_below_the_mark():
 def test_recipes_give_every_reference_row():
     modules = {module.DATASET: module for module in map(importlib.import_module, SCRIPTS)}
     for row in REFERENCE:
-        if row['dataset'] in modules:
-            module, batch = modules[row['dataset']], int(row['batch'])
-            assert float(row['lr']) == pytest.approx(module.LR * batch / module.BATCH)
-            assert int(row['iters']) == module.ITERS * module.BATCH // batch
-            assert float(row['wd']) == module.WEIGHT_DECAY
-            assert module.SEED == 42 and module.MOMENTUM == 0.9 and module.EVAL_EVERY == 1000
+        module, batch = modules[row['dataset']], int(row['batch'])
+        assert float(row['lr']) == pytest.approx(module.LR * batch / module.BATCH)
+        assert int(row['iters']) == module.ITERS * module.BATCH // batch
+        assert float(row['wd']) == module.WEIGHT_DECAY
+        assert module.SEED == 42 and module.MOMENTUM == 0.9 and module.EVAL_EVERY == 1000
 
 
 def test_learning_rate():
@@ -521,6 +524,282 @@ def test_data_report_and_preview(small, tmp_path):
     run('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small, **SMALL)
     assert Image.open(tmp_path / 'sheet.png').size == (816, 912)
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
+
+
+# ---- data.py: images in files ----
+
+def picture(rng, height, width):
+    """A smooth random image: what JPEG and resizing are made for."""
+    coarse = rng.integers(256, size=(6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+
+
+def class_folders(root, names, count, sizes=((120, 160), (200, 150), (300, 400)), suffix='.JPEG'):
+    rng = np.random.default_rng(len(names))
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            image = picture(rng, *sizes[(i + j) % len(sizes)])
+            (root / name / f'{name}_{j}{suffix}').write_bytes(jpeg(image))
+
+
+WNIDS = [f'n{i:08}' for i in range(11)]
+
+
+@pytest.fixture(scope='session')
+def imagenet(tmp_path_factory):
+    """--data-dir with a small imagenet2012 and test sets: integer folders, and a few classes only."""
+    folder = tmp_path_factory.mktemp('imagenet')
+    class_folders(folder / 'imagenet2012/train', WNIDS, 5)
+    class_folders(folder / 'imagenet2012/val', WNIDS, 2)
+    class_folders(folder / 'imagenetv2-matched-frequency-format-val', ['0', '1', '10', '2'], 1)
+    class_folders(folder / 'imagenet-r', WNIDS[1:3], 2, suffix='.jpg')
+    return folder
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8).copy()
+
+
+def test_all_kinds_of_files_are_decoded_as_pillow_does():
+    image = Image.fromarray(picture(np.random.default_rng(0), 90, 120))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the EXIF tag of orientation: to be ignored
+    files = [encoded(image.convert(mode), kind) for mode, kind in (
+        ('RGB', 'JPEG'), ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'))]
+    files += [encoded(image, 'JPEG', exif=turned), encoded(image, 'JPEG', progressive=True)]
+    for file in files:
+        expected = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert('RGB'))
+        assert np.array_equal(data.decode_tensor(file, 'x').permute(1, 2, 0), expected)
+    deep = encoded(Image.fromarray(np.arange(0, 65536, 16, np.uint16).reshape(64, 64)), 'PNG')
+    assert np.array_equal(data.decode_tensor(deep, 'x')[1].flatten(), np.arange(4096) // 16)
+    for damaged in (files[0][:600], files[3][:300], np.zeros(0, np.uint8), np.zeros(99, np.uint8)):
+        with pytest.raises(data.UserError, match='some/where.JPEG is damaged'):
+            data.decode_tensor(damaged, 'some/where.JPEG')
+
+
+def test_evaluation_crop_against_torchvision():
+    from torchvision import transforms
+    usual = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for height, width in ((375, 500), (500, 333), (256, 256), (200, 700), (600, 601)):
+        image = picture(np.random.default_rng(height), height, width)
+        ours = data.center_crop(torch.from_numpy(image.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        error = np.abs(ours.astype(int) - np.asarray(usual(Image.fromarray(image))).astype(int))
+        assert ours.shape == (224, 224, 3) and error.mean() < 0.3 and error.max() <= 2, (height, width)
+
+
+def test_training_crops_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    for height, width in ((375, 500), (100, 400), (500, 120)):
+        image = torch.empty(3, height, width)
+        boxes = [data.random_box(height, width, rng.random((10, 4))) for _ in range(4000)]
+        usual = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+        ours, theirs = (np.array(x, float) for x in (boxes, usual))
+        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+        for column, side in enumerate((height, width, height, width)):  # of top, left, height, width
+            deciles = [np.quantile(x[:, column], np.linspace(0, 1, 11)) for x in (ours, theirs)]
+            assert np.abs(deciles[0] - deciles[1]).max() < 0.05 * side, (column, deciles)
+
+
+def jpeg_train(folder, workers=0, rank=0, world=1, seed=7):
+    return data.load('imagenet2012', folder, 8, 4, seed, 'cpu', rank, world, workers=workers)[0]
+
+
+def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
+    whole = take(jpeg_train(imagenet).batches(0), 14)  # two epochs of six batches, and more
+    assert whole[0][0].shape == (8, 3, 224, 224) and whole[0][0].dtype == torch.uint8
+    for workers in (1, 3):
+        for a, b in zip(whole, take(jpeg_train(imagenet, workers).batches(0), 14), strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    ranks = [take(jpeg_train(imagenet, 0, rank, 2).batches(0), 14) for rank in range(2)]
+    for a, *parts in zip(whole, *ranks, strict=True):
+        for k in range(2):
+            assert torch.equal(a[k], torch.cat([part[k] for part in parts]))
+    for a, b in zip(whole[5:], take(jpeg_train(imagenet).batches(5), 9), strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert not torch.equal(whole[0][0], next(jpeg_train(imagenet, seed=8).batches(0))[0])
+    first, second = (torch.cat([labels for _, labels in whole[i:i + 6]]) for i in (0, 6))
+    assert torch.bincount(first).max() <= 5 and not torch.equal(first, second)
+    seen = {x.numpy().tobytes() for images, _ in whole for x in images}
+    assert len(seen) == 14 * 8  # other crops in every epoch
+
+
+@pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
+def test_every_evaluation_file_once(imagenet, monkeypatch, batch, world, workers):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    ranks = []
+    for rank in range(world):
+        evals = data.load('imagenet2012', imagenet, 8, batch, 0, 'cpu', rank, world, workers=workers)[1]
+        ranks.append(list(evals['val']))
+    assert len(evals['val']) == 22 and len({len(batches) for batches in ranks}) == 1
+    images, labels = (torch.cat([pair[k] for batches in ranks for pair in batches]) for k in range(2))
+    assert len(images) == len(ranks[0]) * batch * world
+    images, labels = images[labels >= 0], labels[labels >= 0]
+    assert labels.bincount().tolist() == [2] * 11 and len({x.numpy().tobytes() for x in images}) == 22
+
+
+def test_test_sets_of_imagenet(imagenet, monkeypatch):
+    """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
+    import imagenet2012
+    with pytest.raises(data.UserError, match='11 class folders .* not 1000'):
+        data.prepare('imagenet2012', imagenet)
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    _, evals, _ = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=0)
+    assert list(evals) == ['val', 'IN', 'IN-V2', 'IN-R'] and evals['IN'] is evals['val']
+    assert evals['IN-V2'].images.labels.tolist() == [0, 1, 10, 2] and evals['IN-V2'].absent is None
+    assert evals['IN-R'].images.labels.tolist() == [1, 1, 2, 2]
+    logits = torch.full((4, 1000), 5.0)
+    logits[:, 1] = 1.0
+    accuracy, nll = imagenet2012.evaluate(torch.nn.Identity(), lambda x: logits, evals['IN-R'], lambda: None)
+    restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
+    assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
+    with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
+        data.open_folder(imagenet / 'imagenet-r', WNIDS[:2], 200, 30000)
+    monkeypatch.delenv(data.INCOMPLETE)
+    with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 class folders'):
+        data.open_folder(imagenet / 'imagenet-r', WNIDS, 200, 30000)
+
+
+def test_the_list_of_files_follows_the_folders(tmp_path):
+    class_folders(tmp_path / 'train', WNIDS[:2], 2)
+    before = data.list_images(tmp_path / 'train')
+    assert (tmp_path / 'train-index.npz').exists()
+    for a, b in zip(before, data.list_images(tmp_path / 'train'), strict=True):
+        assert np.array_equal(a, b)
+    (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
+    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+    (tmp_path / 'train-index.npz').write_bytes(b'damaged')
+    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """The official archives, small: training tars in a tar, flat val, development kit with a MATLAB file."""
+    rng = np.random.default_rng(0)
+
+    def tar(path, files, mode='w'):
+        with tarfile.open(path, mode) as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    inner = {}
+    for wnid in WNIDS[:5]:
+        tar(tmp_path / 'inner', {f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)})
+        inner[f'{wnid}.tar'] = (tmp_path / 'inner').read_bytes()
+    tar(tmp_path / data.ARCHIVES[0], inner)
+    order = [3, 1, 4, 0, 2]  # the kit has an order of its own
+    truth = [1, 5, 2, 2, 3, 4] * 9000
+    # as MATLAB writes it: a header of 128 bytes, a tag of 8, compressed data with 16-bit letters
+    synsets = b'\1\2\0\3'.join(WNIDS[i].encode('utf-16-le') for i in order)
+    kit = {'meta.mat': b'x' * 128 + b'\x0f\0\0\0\0\0\0\0' + zlib.compress(synsets), '../../evil': b'x',
+           'ILSVRC2012_validation_ground_truth.txt': '\n'.join(map(str, truth[:50000])).encode()}
+    tar(tmp_path / data.ARCHIVES[2], {f'ILSVRC2012_devkit_t12/data/{k}': v for k, v in kit.items()}, 'w:gz')
+    images = {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)}
+    tar(tmp_path / data.ARCHIVES[1], images | {'/tmp/evil.JPEG': b'x'})
+    return tmp_path, [order[i - 1] for i in truth[:6]]
+
+
+def test_official_archives_and_flat_val(archives, monkeypatch):
+    folder, val_labels = archives
+    with pytest.raises(data.UserError, match='unpack imagenet2012.* --synthetic'):
+        data.prepare('imagenet2012', folder)
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    (folder / 'imagenet2012/train' / WNIDS[0]).mkdir(parents=True)  # unpacked before it was stopped
+    (folder / 'imagenet2012/train' / WNIDS[0] / 'a.JPEG').touch()
+    data.unpack_imagenet(folder)
+    parts, wnids, _ = data.open_imagenet(folder)
+    assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert parts['val'].labels.tolist() == val_labels and len(data.decode_tensor(*parts['val'].read(5))) == 3
+    assert not list(folder.rglob('*evil*')) and not list(folder.rglob('*.part*'))
+    (folder / 'imagenet2012/val/ILSVRC2012_val_00000003.JPEG').unlink()
+    (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 200)
+    with pytest.raises(data.UserError, match='do not fit together'):
+        data.open_imagenet(folder)
+    for archive in data.ARCHIVES:
+        os.truncate(folder / archive, 700)
+    with pytest.raises(data.UserError, match='is damaged .*Fetch it again'):
+        shutil.rmtree(folder / 'imagenet2012')
+        data.unpack_imagenet(folder)
+
+
+@pytest.mark.parametrize('short_side', [None, 64])
+def test_pack(imagenet, tmp_path, monkeypatch, short_side):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    files = data.open_imagenet(tmp_path)[0]
+    data.pack_imagenet(tmp_path, short_side)
+    packed, wnids, about = data.open_imagenet(tmp_path)
+    assert wnids == WNIDS and 'packed' in about
+    for part in ('train', 'val'):
+        assert np.array_equal(packed[part].labels, files[part].labels)
+        for i in range(len(files[part])):
+            (a, path), (b, where) = files[part].read(i), packed[part].read(i)
+            assert path.name == where.name
+            if part == 'val' or not short_side:
+                assert np.array_equal(a, b)
+            else:
+                assert min(data.decode_tensor(b, '').shape[1:]) == 64
+    with pytest.raises(data.UserError, match='is there already'):
+        data.pack_imagenet(tmp_path)
+    os.truncate(tmp_path / 'imagenet2012-pack/train.bin', 500)
+    with pytest.raises(data.UserError, match='train.bin has 500 bytes'):
+        data.open_imagenet(tmp_path)
+
+
+def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, monkeypatch, capsys):
+    import imagenet2012
+    from torchvision.models import resnet18
+    from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+    torch.manual_seed(0)
+    net = resnet18().eval()
+    torch.save(net.state_dict(), tmp_path / 'resnet18.pth')
+    usual = Compose([Resize(256), CenterCrop(224), ToTensor(),
+                     Normalize(*(data.IMAGENET_PIXELS[k] for k in ('mean', 'std')))])
+    files = sorted((imagenet / 'imagenet2012/val').rglob('*.JPEG'))
+    with torch.no_grad():
+        logits = net(torch.stack([usual(Image.open(file)) for file in files]))
+    labels = torch.tensor([WNIDS.index(file.parent.name) for file in files])
+    command = ['imagenet2012.py', '--data-dir', imagenet, '--precision', 'fp32', '--device', 'cpu',
+               '--batch', 8, '--workers', 0, '--eval', tmp_path / 'resnet18.pth']
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    monkeypatch.setattr(sys, 'argv', [*map(str, command)])
+    imagenet2012.main()
+    printed = capsys.readouterr().out
+    accuracy, nll = re.search(r'^IN +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
+    assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
+    assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
+    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--depth', '34'])
+    with pytest.raises(data.UserError, match='does not fit --depth'):
+        imagenet2012.main()
+
+
+def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypatch):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    shutil.copytree(imagenet / 'imagenet2012', tmp_path / 'imagenet2012')
+    batches = jpeg_train(tmp_path, 1).batches(0)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(OSError, match='A loader process died .*--workers'):
+        take(batches, 99)
+    for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
+        os.truncate(file, 900)
+    for workers in (0, 2):
+        with pytest.raises(data.UserError, match=r'_4.JPEG is damaged') as error:
+            take(jpeg_train(tmp_path, workers).batches(0), 6)
+        says(str(error.value))
+    victim = next((tmp_path / 'imagenet2012/val').rglob('*_0.JPEG'))
+    evals = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1]
+    victim.unlink()
+    with pytest.raises(data.UserError, match='_0.JPEG: No such file'):
+        list(evals['val'])
 
 
 # ---- runs ----
