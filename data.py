@@ -573,10 +573,11 @@ def prepare(name, data_dir):
         if final.exists():
             missing = ', '.join(file for file in FILES if not (final / file).exists())
             raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
-        maker = {'CIF': prepare_cifar, 'Tin': prepare_tiny_imagenet, 'Ima': prepare_imagenet1k}[name[:3]]
+        if name not in SOURCES:  # a set of your own
+            raise UserError(f'{name} is not in {data_dir}: make the folder {final} with {", ".join(FILES)}.')
         try:
             with new_folder(final) as folder:
-                maker(name, data_dir, folder)
+                SOURCES[name][0](name, data_dir, folder)
                 read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
         except OSError as error:
             reason = f'{error.filename or data_dir}: {error.strerror or error}'
@@ -1043,25 +1044,31 @@ def open_pack(pack):
 
 # ---- command line ----
 
-SOURCES = {  # official files of each set, and what becomes of a set that has none
-    'CIFAR10_x32': (['cifar-10-batches-py', 'cifar-10-python.tar.gz'], 'downloaded when needed'),
-    'CIFAR100_x32': (['cifar-100-python', 'cifar-100-python.tar.gz'], 'downloaded when needed'),
-    'TinyImageNet200_x32': (['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
-    'TinyImageNet200_x64': (['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
-    'ImageNet1k_x32': (['Imagenet32_train', 'Imagenet32_train.zip', 'imagenet2012'],
-                       'missing: put Imagenet32_train and Imagenet32_val, or imagenet2012, here'),
-    'ImageNet1k_x64': (['Imagenet64_train', 'Imagenet64_train.zip', 'Imagenet64_train_part1',
-                        'Imagenet64_train_part1.zip', 'imagenet2012'],
-                       'missing: put Imagenet64_train and Imagenet64_val, or imagenet2012, here'),
-    'imagenet2012': (['imagenet2012-pack', 'imagenet2012'],
-                     'missing: put the official archives here; unpack imagenet2012'),
+IMAGENET_HINT = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
+SOURCES = {  # what prepares a set, the official files it takes, and what becomes of a set that has none
+    'CIFAR10_x32': (
+        prepare_cifar, ['cifar-10-batches-py', 'cifar-10-python.tar.gz'], 'downloaded when needed'),
+    'CIFAR100_x32': (
+        prepare_cifar, ['cifar-100-python', 'cifar-100-python.tar.gz'], 'downloaded when needed'),
+    'TinyImageNet200_x32': (
+        prepare_tiny_imagenet, ['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
+    'TinyImageNet200_x64': (
+        prepare_tiny_imagenet, ['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
+    'ImageNet1k_x32': (
+        prepare_imagenet1k, ['Imagenet32_train', 'Imagenet32_train.zip', 'imagenet2012'],
+        IMAGENET_HINT.format(32)),
+    'ImageNet1k_x64': (
+        prepare_imagenet1k, ['Imagenet64_train', 'Imagenet64_train.zip', 'Imagenet64_train_part1',
+                             'Imagenet64_train_part1.zip', 'imagenet2012'], IMAGENET_HINT.format(64)),
+    'imagenet2012': (
+        None, ['imagenet2012-pack', 'imagenet2012'], 'missing: put the official archives here, then unpack'),
 }
 
 
 def report(data_dir):
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
-        files, state = SOURCES[name]
+        _, files, state = SOURCES[name]
         found = [file for file in files if (data_dir / file).exists()]
         try:
             if name == 'imagenet2012':
@@ -1078,14 +1085,14 @@ def report(data_dir):
         print(f'  {name:18} {"":9} {"":6} {images:6}  {state}')
 
 
-def preview(name, data_dir, file, scale=3):
+def preview(name, data_dir, file):
     """Writes a PNG of the first 64 training images as the network gets them, with their labels."""
     prepare(name, data_dir)
     train, _, _ = load(name, data_dir, 64, 64, 42, 'cpu')
     images, labels = next(train.batches(0))
     names = data_dir / name / 'classes.txt'
     names = names.read_text().splitlines() if names.exists() else []
-    side = SETS[name]['size'] * scale
+    side = SETS[name]['size'] * max(1, 128 // SETS[name]['size'])
     sheet = Image.new('RGB', (8 * (side + 6), 8 * (side + 18)), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):

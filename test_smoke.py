@@ -522,7 +522,7 @@ def test_data_report_and_preview(small, tmp_path):
     report = run('data.py', '--data-dir', small, **SMALL)
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
     run('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small, **SMALL)
-    assert Image.open(tmp_path / 'sheet.png').size == (816, 912)
+    assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
 
 
@@ -754,9 +754,10 @@ def test_pack(imagenet, tmp_path, monkeypatch, short_side):
 
 
 def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, monkeypatch, capsys):
-    import imagenet2012
     from torchvision.models import resnet18
     from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
+    import imagenet2012
     torch.manual_seed(0)
     net = resnet18().eval()
     torch.save(net.state_dict(), tmp_path / 'resnet18.pth')
