@@ -326,7 +326,7 @@ class JpegBatches(torch.utils.data.Dataset):
         """
         number, first = key
         count = min(PIECE, self.batch - first)
-        images = torch.zeros(count, 3, CROP, CROP, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        images = torch.zeros(count, CROP, CROP, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels_last
         labels = torch.full((count,), IGNORE)
         try:
             for k, (i, crop) in enumerate(self.crops(number, first, count)):
@@ -353,17 +353,21 @@ class JpegBatches(torch.utils.data.Dataset):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         batch = []
         try:
-            for piece in loader:
+            while piece := next(loader, None):
                 if isinstance(piece, str):
                     raise UserError(piece)
                 batch.append([t.to(self.device, non_blocking=True) for t in piece])
                 if len(batch) == len(pieces):
                     yield [torch.cat(parts) for parts in zip(*batch, strict=True)]
                     batch = []
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+        except torch.OutOfMemoryError:  # of the device: a RuntimeError, but not the workers' fault
+            raise
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            reason = (str(error).splitlines() or ['no answer'])[0]
             raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a smaller '
                           '--workers helps; go on with --resume.') from error
+        finally:
+            del loader  # ends its processes even if a traceback keeps this frame
 
 
 def ignore_signals(worker):

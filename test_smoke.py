@@ -796,6 +796,7 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
         with pytest.raises(data.UserError, match=r'_4.JPEG is damaged') as error:
             take(jpeg_train(tmp_path, workers).batches(0), 6)
         says(str(error.value))
+        assert not multiprocessing.active_children()  # they would keep the program from ending
     victim = next((tmp_path / 'imagenet2012/val').rglob('*_0.JPEG'))
     evals = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1]
     victim.unlink()
