@@ -21,6 +21,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from PIL import Image
 
 import data
 import resnet
+from logs import table as tables
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ['cifar10_x32', 'cifar100_x32', 'tinyimagenet200_x32', 'tinyimagenet200_x64', 'imagenet1k_x32',
@@ -802,6 +804,174 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     victim.unlink()
     with pytest.raises(data.UserError, match='_0.JPEG: No such file'):
         list(evals['val'])
+
+
+# ---- logs/table.py ----
+
+RUN = Path('logs', 'CIFAR10_x32', 'resnet_20x1-iter_1k-wd_0.0010-bf16', '1', '20261122-204359.log')
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the files at the top and of the logs."""
+    for path in HERE.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    shutil.copytree(HERE / 'logs', tmp_path / 'logs', ignore=shutil.ignore_patterns('*.pt', '__pycache__'))
+    return tmp_path
+
+
+def test_readme_is_current():
+    assert tables.check(HERE) == []
+
+
+def test_a_result_that_contradicts_its_log_is_found(repository):
+    path = repository / RUN
+    text = path.read_text()
+    last_row = text.splitlines()[-4]
+    for old, new, words in (
+            (' val_acc=0.7211', ' val_acc=0.7311', 'val_acc=0.7311, the last row with * 0.7211'),
+            (' val_nll=0.7758', ' val_nll=0.7', 'val_nll=0.7, the last row with * 0.7758'),
+            (' best_iter=1000', ' best_iter=900', 'best_iter=900, the last row with * 1000'),
+            (' tst_acc=0.7140', ' tst_acc=0.7141', 'tst_acc=0.7141, the lines below the rows 0.7140'),
+            (' tst_nll=0.8019', '', 'tst_nll=None, the lines below the rows 0.8019'),
+            (' tst_acc=', ' in_acc=0.9 tst_acc=', 'in_acc=0.9, the lines below the rows None'),
+            (' params=272474', ' params=272475', 'params=272475, resnet.py 272474'),
+            ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
+            (' iters=1000', ' iters=2000', 'iters=2000, the last row 1000'),
+            (' wd=0.001', ' wd=0.002', 'with these settings it belongs into CIFAR10_x32/'),
+            (' seed=1', ' seed=4', 'seed=4, the header 1'),
+            (' iter_per_min=172', ' iter_per_min=372', 'iter_per_min=372, the last row 172'),
+            (' img_per_s=810', ' img_per_s=1810', 'img_per_s=1810, its rows '),
+            (' hours=0.097', ' hours=0.07', 'hours=0.07, the last row 0:05:48'),
+            (' world=1', ' world=2', 'the last start 1 x AMD'),
+            (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, the last start AMD EPYC'),
+            (last_row, last_row[:-2], 'the last row with * does not have the highest'),
+            (last_row, '', 'iters=1000, the last row 900'),
+            ('\n    500', '\n   x500', 'every 100 updates, each once'),
+            (last_row, f'{last_row}\n{last_row}', 'every 100 updates, each once'),
+            ('depth                 : 20\n', '', "its header or rows are incomplete ('depth')"),
+            (' best_iter=1000', ' best_iter=ten', 'the RESULT line cannot be read'),
+            (' hours=0.097', '', "the RESULT line cannot be read ('hours')"),
+            (' seed=1', ' seed=1 seed=1', 'the RESULT line cannot be read (a key twice'),
+            (' threads" torch', ' thr', 'the RESULT line cannot be read (No closing quotation)'),
+            ('RESULT', 'RESULT\nRESULT', 'the RESULT line cannot be read'),
+            ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one')):
+        head, found, tail = text.rpartition(old)
+        assert found, old
+        path.write_text(head + new + tail)
+        problems = tables.check(repository)
+        assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
+    readme = (repository / 'README.md').read_bytes()
+    assert tables.check(repository, write=True) and (repository / 'README.md').read_bytes() == readme
+    path.write_text(text)
+    assert tables.check(repository) == []
+    shutil.move(path, path.parents[1] / '2')
+    assert any(f'{RUN.parts[-3]}/1' in problem for problem in tables.check(repository))
+
+
+def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(reference_run, repository):
+    log = tables.read_log(only(reference_run[0], '*.log'))
+    assert list(tables.contradictions(log, reference_run[0])) == []
+    path = repository / RUN
+    text = path.read_text()
+    for old, new in (('1 x AMD EPYC, 2 threads', '2 x GPU'), (' 0:05:48', ' 1 day, 0:05:48'),
+                     ('hours=0.097', 'hours=24.097'),
+                     ('   1000 ', 'resumed at update 900 on 1 x AMD EPYC, 2 threads\n   1000 ')):
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+    assert list(tables.contradictions(tables.read_log(path), repository / 'logs')) == []
+
+
+def test_a_readme_that_is_wrong_is_found_and_written_again(repository):
+    path = repository / 'README.md'
+    text = path.read_text()
+    for old, new, words in (('0.7067', '0.7167', 'disagrees with the logs'), ('| 0.924 |', '|  |', '0.924'),
+                            ('# Results', '# Results\n[x](no.md)', 'no.md is dead'),
+                            ('# Results', '# Results\n[x](#nothing)', '#nothing is dead'),
+                            ('# Results', '# Results\n![x](logs/no.png)', 'logs/no.png is dead')):
+        path.write_text(text.replace(old, new, 1))
+        assert [words in problem for problem in tables.check(repository)] == [True], words
+    path.write_text(text.replace('## Results', '## Results\n[a](#results) [b](data.py) [c](https://x.org/no)'))
+    assert tables.check(repository) == []
+    path.write_text(text.replace('0.7067', '0.7167'))
+    assert tables.check(repository, write=True) == [] and path.read_text() == text
+    (repository / RUN).unlink()
+    assert any('disagrees' in problem for problem in tables.check(repository))
+    path.write_text(text.replace('<!-- end of results -->', ''))
+    with pytest.raises(data.UserError, match='end of results'):
+        tables.check(repository)
+
+
+def test_unfinished_runs_and_those_of_other_scripts_are_left_out(repository):
+    text = (repository / RUN).read_text()
+    for name in ('mine', 'CIFAR10_x32-synthetic', 'CIFAR10_x32-incomplete'):
+        (repository / 'logs' / name / '1').mkdir(parents=True)
+        (repository / 'logs' / name / '1' / 'x.log').write_text(text)
+    (repository / RUN).with_name('20991231-000000.log').write_text(text[:text.index('RESULT')] + 'odd\n')
+    assert tables.check(repository) == []
+
+
+def test_means_and_places_of_runs():
+    def made(seed, stamp='1', **changed):
+        result = tables.read_log(HERE / RUN).result | dict(iters='48000', precision='fp32', seed=str(seed))
+        return SimpleNamespace(path=Path('/logs/CIFAR10_x32/run', str(seed), f'{stamp}.log'),
+                               result=result | changed)
+
+    def lines(markdown):
+        titles, _, *rest = [line[2:-2].split(' | ') for line in markdown.strip().splitlines()]
+        return [dict(zip(titles, cells, strict=True)) for cells in rest]
+    large = dict(dataset='imagenet2012', depth='50', batch='2048', iters='64000', lr='0.8', wd='0.0001')
+    text = tables.make_tables(REFERENCE, [
+        made(1, val_acc='0.92', hours='0.4'), made(2, val_acc='0.93', hours='0.5'),
+        made(10, val_acc='0.94', hours='0.6'), made(1, stamp='0', val_acc='0.1'),
+        made(1, device='another', val_acc='0.91'), made(1, precision='bf16', val_acc='0.77'),
+        made(1, depth='110', val_acc='0.78'), made(1, iters='24000', val_acc='0.79'),
+        made(1, lr='0.2', val_acc='0.8'), made(1, **large, precision='fp16', in_acc='0.76')])
+    _, *parts = text['results'].split('### ')
+    sets = {name: lines(part) for name, _, part in (part.partition('\n\n') for part in parts)}
+    cifar = sets['CIFAR10_x32']
+    assert [line['ref. val'] for line in cifar] == ['0.923', '0.923', '0.947', '0.954', '0.932', '0.936',
+                                                    '0.937', '0.952', '0.953', '', '']
+    first, second, third = cifar[:3]
+    assert first['val'] == '0.9300 ± 0.0100' and first['tst'] == '0.7140 ± 0.0000' and first['n'] == '3'
+    assert re.findall(r'\[(\d+)\]\((\S+?)\)', first['logs by seed']) == [
+        (seed, f'logs/CIFAR10_x32/run/{seed}/1.log') for seed in ('1', '2', '10')]
+    assert second['val'] == '0.9100' and second['device'] == '1 x another' and second['n'] == '1'
+    assert third['val'] == third['device'] == third['logs by seed'] == '—'
+    assert {(line['net'], line['precision'], line['val']) for line in cifar[9:]} == {
+        ('R110x1', 'fp32', '0.7800'), ('R20x1', 'bf16', '0.7700')}
+    others = sets['Shorter runs and other settings']
+    assert [(line['updates'], line['lr'], line['val']) for line in others] == [
+        ('24000', '0.1', '0.7900'), ('48000', '0.2', '0.8000')]
+    assert sum(len(lines) for lines in sets.values()) == len(REFERENCE) + 5
+    twice = [line for line in sets['imagenet2012'] if line['IN'] == '0.7600']  # rows of different hardware
+    assert [line['ref. device'] for line in twice] == ['8x RTX 3090', '8x TPUv3']
+    assert twice[0]['IN-V2'] == '' and 'tst' not in twice[0] and 'batch' in twice[0] and 'batch' not in first
+    headline = lines(text['headline'])
+    assert len(headline) == 7 and headline[0]['val'] == '0.9300 ± 0.0100'
+    assert headline[0]['minutes'] == '30.0 ± 6.0'
+    assert headline[1]['val'] == '—' and headline[1]['ref. val'] == '0.774'
+
+
+def test_learning_curves(tmp_path, monkeypatch):
+    logs = sorted((HERE / RUN).parents[1].rglob('*.log'))
+    if importlib.util.find_spec('matplotlib'):
+        tables.plot(tmp_path / 'curves.png', logs)
+        assert Image.open(tmp_path / 'curves.png').size[0] > 600
+        with pytest.raises(data.UserError, match='not a log'):
+            tables.plot(tmp_path / 'curves.png', [HERE / 'README.md'])
+        with pytest.raises(data.UserError, match='not supported'):
+            tables.plot(tmp_path / 'curves.jpgg', logs)
+        (tmp_path / 'folder.png').mkdir()
+        with pytest.raises(OSError):
+            tables.plot(tmp_path / 'folder.png', logs)
+        assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed
+    with pytest.raises(data.UserError, match='python -m pip install matplotlib'):
+        tables.plot(tmp_path / 'curves.png', logs)
+    says(run('logs/table.py', '--plot', tmp_path / 'curves.png', ok=2), 'out.png LOG')
 
 
 # ---- runs ----
