@@ -470,13 +470,13 @@ def test_downsampled_imagenet_from_the_original_images(tmp_path, monkeypatch):
     monkeypatch.setenv(data.INCOMPLETE, '1')
     rng = np.random.default_rng(0)
     for part in ('train', 'val'):
-        for wnid in ('n02', 'n01'):
+        for wnid in reversed(WNIDS[:2]):
             (tmp_path / 'imagenet2012' / part / wnid).mkdir(parents=True)
             image = rng.integers(256, size=(90, 120, 3), dtype=np.uint8)
             (tmp_path / 'imagenet2012' / part / wnid / f'{part}.JPEG').write_bytes(jpeg(image))
     data.prepare('ImageNet1k_x32', tmp_path)
     (images, labels), _, about = data.read_arrays('ImageNet1k_x32', tmp_path / 'ImageNet1k_x32')
-    source = Image.open(tmp_path / 'imagenet2012/train/n01/train.JPEG').convert('RGB')
+    source = Image.open(tmp_path / 'imagenet2012/train/n00000000/train.JPEG').convert('RGB')
     assert np.array_equal(images[0], np.asarray(source.resize((32, 32), Image.BOX)))
     assert labels.tolist() == [0, 1] and 'sorted wnids' in about
 
@@ -1163,6 +1163,55 @@ def test_no_update_waits_for_the_gpu(tmp_path):
     try:
         for precision in ('fp16', 'fp32'):
             run(copy.name, '--synthetic', '--iters', 20, '--precision', precision, '--log-dir', tmp_path)
+    finally:
+        copy.unlink()
+
+
+# ---- README.md ----
+
+README = (HERE / 'README.md').read_text()
+
+
+def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
+    """Every command but the first two, which set the tests up; training is cut short, on generated images."""
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    short = f'--depth 20 --width 1 --synthetic --iters 2 --batch 16 --device cpu --log-dir {tmp_path}'
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    blocks = re.findall(r'^```\n(.*?)^```', README, re.M | re.S)
+    commands = [line for block in blocks[1:] for line in block.splitlines() if not line.startswith(' ')]
+    assert len(commands) > 5
+    for command in commands:
+        program, *words = re.sub(r'^torchrun (--\S+ [^-\s]\S* )*', 'python ', command).split()
+        if program in ('cp', 'diff'):
+            assert (HERE / words[0]).exists(), command
+            continue
+        assert program == 'python' and (HERE / words[0]).exists(), command
+        if words[0] == 'logs/table.py':  # has tests of its own
+            continue
+        extra = ['--data-dir', str(tmp_path)] if words[0] == 'data.py' else short.split()
+        monkeypatch.setattr(sys, 'argv', [*words, *extra])
+        shutil.rmtree(tmp_path / 'imagenet2012-pack', ignore_errors=True)
+        importlib.import_module(words[0].removesuffix('.py')).main()
+        assert 'RESULT' in capsys.readouterr().out or words[0] == 'data.py', command
+
+
+def test_readme_copy_for_your_own_data(tmp_path):
+    recipe = re.search(r'^```python\n(.*?)^```', README, re.M | re.S)[1]
+    copy = HERE / 'flowers_for_test.py'
+    text = (HERE / 'cifar10_x32.py').read_text()
+    first = "DATASET = 'CIFAR10_x32'\n"
+    assert text.count(first) == 1 and len(recipe.splitlines()) <= 10
+    (tmp_path / 'Flowers').mkdir()
+    for which, count in (('train', 2500), ('test', 600)):
+        data.save_arrays(tmp_path / 'Flowers', which, *(array[:count] % 5 for array in arrays(2500)))
+    try:
+        copy.write_text(text.replace(first, recipe))
+        run(copy.name, '--iters', 4, '--batch', 16, '--data-dir', tmp_path, '--log-dir', tmp_path)
+        text = only(tmp_path, '*.log').read_text()
+        assert only(tmp_path, '*.log').parts[-4] == copy.stem and '2000 trn, 500 val, 600 tst' in text
+        assert result(text)['dataset'] == 'Flowers'
+        (tmp_path / 'Flowers').rename(tmp_path / 'elsewhere')
+        says(run(copy.name, '--data-dir', tmp_path, ok=2), 'make the folder', 'Flowers', 'train_images.npy')
     finally:
         copy.unlink()
 
