@@ -526,7 +526,6 @@ def in_plain_words(error):
 
 if __name__ == '__main__':
     faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # nothing to save so far
     try:
         main()
         if WORLD > 1:
