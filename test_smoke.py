@@ -12,6 +12,7 @@ import difflib
 import fcntl
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -1040,37 +1041,49 @@ TALKATIVE = ('-c', 'import faulthandler, runpy, signal, sys; sys.argv[:1] = []; 
              'faulthandler.register(signal.SIGUSR1); runpy.run_path(sys.argv[0], run_name="__main__")')
 
 
+def stack(process):
+    """What a TALKATIVE process is doing: its functions, as text."""
+    process.send_signal(signal.SIGUSR1)
+    lines = iter(process.stdout.readline, '')
+    return ''.join(itertools.takewhile(lambda line: 'File "<string>"' not in line, lines))
+
+
+def children(process):
+    return map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split())
+
+
 def kill_and_resume(command, kills, seed):
-    """Kills a run at random moments, resumes it each time, the last time to its end. Half of the kills come
-    right after a row of the log, half at any time. Returns how often it was doing what."""
+    """Kills a run again and again: in a checkpoint, right after a row of the log, in an evaluation (these two
+    if it is TALKATIVE), at any time. Resumes it each time, the last time to its end. Returns how often it was
+    doing what."""
     rng, moments = np.random.default_rng(seed), collections.Counter()
+    aims = ('write_checkpoint', 'row', 'evaluate', 'any time') if '-c' in command else ('any time', 'row')
     for kill in range(kills):
-        process = start(command, stderr=subprocess.STDOUT, start_new_session=True)
-        rows_to_wait, delay = kill % 2, rng.uniform(0, 0.05 if kill % 2 else 0.3)
+        process = start(command, stderr=subprocess.STDOUT)
+        aim = aims[kill % len(aims)]
         for line in process.stdout:
-            begun = line == importlib.import_module('cifar10_x32').COLUMNS or line.startswith('resumed')
-            if (begun and not rows_to_wait) or (rows_to_wait and line[:7].strip().isdigit()):
+            if line.startswith(('   iter  ', 'resumed')):
                 break
-        time.sleep(delay)
-        stack = ''
-        if '-c' in command:
-            process.send_signal(signal.SIGUSR1)
-            for line in process.stdout:
-                stack += line
-                if 'File "<string>"' in line:  # the outermost function
-                    break
-        os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0, 0.2))
+        if aim == 'row':
+            next(line for line in process.stdout if line[:7].strip().isdigit())
+        elif '-c' in command:
+            while f' in {aim}\n' not in (where := stack(process)) and aim != 'any time':
+                assert process.poll() is None
+                time.sleep(rng.uniform(0, 0.01))
+            aim = next((name for name in ('write_checkpoint', 'evaluate', 'backward', 'trn_forward', 'step')
+                        if f' in {name}\n' in where), 'else')
+        for pid in [*children(process), process.pid]:
+            os.kill(pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f'it ended before kill {kill + 1}'
-        doing = [what for what in ('write_checkpoint', 'log', 'evaluate', 'backward', 'step', 'trn_forward')
-                 if f' in {what}\n' in stack]
-        moments[doing[0] if doing else 'else'] += 1
+        moments[aim] += 1
     run(*command, **SMALL)
     return moments
 
 
 def test_killed_and_resumed_weights_are_bit_identical(small, reference_run, tmp_path):
     flags = ['--data-dir', small, '--log-dir', tmp_path, '--resume']  # the first time it starts
-    kill_and_resume([*SHORT, *flags], 3, seed=0)
+    kill_and_resume([*TALKATIVE, *SHORT, *flags], 3, seed=0)
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
     assert_same_rows(tmp_path, reference_run[0])
 
@@ -1094,7 +1107,7 @@ def kill_test(kills):
                                           count, seed=count)
                 assert_same_weights(*(weights(Path(folder, way, name)) for name in ('killed', 'whole')))
                 assert_same_rows(*(Path(folder, way, name) for name in ('killed', 'whole')))
-                said = ', '.join(f'{n} in {what}' for what, n in moments.items())
+                said = ', '.join(f'{n} x {what}' for what, n in moments.items())
                 print(f'{way}: {count} kills ({said}), all weights and rows those of an uninterrupted run, '
                       f'{time.monotonic() - begin:.0f} s', flush=True)
         finally:
@@ -1113,7 +1126,7 @@ def test_a_checkpoint_is_never_half_written(small, reference_run, tmp_path):
     assert done.returncode == 1 and len(rows(only(tmp_path, '*.log').read_text())) == 1
     says(done.stderr, 'File too large')
     assert not list(tmp_path.rglob('*.pt')) and not list(tmp_path.rglob('*.tmp'))
-    run(*command, '--resume', **SMALL)
+    main(*command, '--resume')
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
 
 
@@ -1285,7 +1298,8 @@ def test_a_signal_saves_and_exits(small, reference_run, tmp_path, number):
             process.send_signal(number)
     assert process.wait() == 128 + number
     stopped = re.fullmatch(r'stopped by SIG\w+ at update (\d+); --resume continues\n', lines[-1])[1]
-    assert f'resumed at update {stopped} on 1 x' in run(*command, '--resume', **SMALL)
+    main(*command, '--resume')
+    assert f'\nresumed at update {stopped} on 1 x' in only(tmp_path, '*.log').read_text()
     assert_same_rows(tmp_path, reference_run[0])
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
 
@@ -1365,24 +1379,20 @@ def test_a_run_is_resumed_by_one_process_at_a_time(small, reference_run, tmp_pat
     assert os.waitpid(child, 0)[1] == 0
 
 
-def rank_process(launcher, rank):
-    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
-    wanted = f'\0RANK={rank}\0'
-    return next(int(pid) for pid in children if wanted in Path(f'/proc/{pid}/environ').read_text())
-
-
 def test_two_ranks_one_rank_and_two_again(small, tmp_path):
     """A run on two ranks of which one is killed and restarted, then on one rank in two passes, then on two
     again, gives what one rank gives in two passes."""
     flags = [*SHORT, '--data-dir', small, '--log-dir']
     two = [*LAUNCH, '--nproc_per_node=2', '--max-restarts=1', *flags, tmp_path / 'two', '--resume']
-    process, killed = start(two), False
+    process, text = start(two, stderr=subprocess.STDOUT), ''
     for line in process.stdout:
-        if line[:7].strip() == '6' and not killed:  # this row may come again
-            killed = not os.kill(rank_process(process, 1), signal.SIGKILL)
+        if line[:7].strip() == '6' and len(rows(text)) == 2:  # this row may come again
+            os.kill(next(pid for pid in children(process) if '\0RANK=1\0' in
+                         Path(f'/proc/{pid}/environ').read_text()), signal.SIGKILL)
         elif line[:7].strip() == '10':
             process.terminate()
-    assert process.wait() == 1 and line.startswith('stopped by SIGTERM')
+        text += line
+    assert process.wait() == 1 and '\nstopped by SIGTERM' in text and 'another rank ended' in text
     process = start([*flags, tmp_path / 'two', '--resume', '--accum', 2])
     for line in process.stdout:
         if line[:7].strip() == '16':
@@ -1446,14 +1456,15 @@ def test_fp16_whose_scale_collapses_ends_the_run(small, tmp_path, mine):
 
 def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path):
     flags = ['cifar10_x32.py', '--batch', 32, '--iters', 10, '--precision', 'fp32', '--device', 'cpu']
-    output = run(*flags, '--lr', 1e30, '--data-dir', small, '--log-dir', tmp_path, ok=1, **SMALL)
-    assert re.search(r'not finite in updates \d+ to \d+', output)
+    with pytest.raises(FloatingPointError, match=r'not finite in updates \d+ to \d+'):
+        main(*flags, '--lr', 1e30, '--data-dir', small, '--log-dir', tmp_path)
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
 
 
-def test_eval_reproduces_the_result(small, reference_run):
+def test_eval_reproduces_the_result(small, reference_run, capsys):
     logs, output = reference_run
-    printed = run(*SHORT, '--data-dir', small, '--eval', only(logs, '*.best.pt'), **SMALL)
+    main(*SHORT, '--data-dir', small, '--eval', only(logs, '*.best.pt'))
+    printed = capsys.readouterr().out
     for name in ('val', 'tst'):
         assert re.search(f'^{name} .*$', printed, re.M)[0] == re.search(f'^{name} .*$', output, re.M)[0]
 
@@ -1557,12 +1568,13 @@ def fuzz(count, folder, seed):
     cifar10_x32.write_checkpoint(folder / 'a.pt', config=config, **state)
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
     originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
-                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=2), 'jpeg': jpeg(np.asarray(photo))}
+                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': jpeg(np.asarray(photo))}
     write_tiny(folder / 'tiny-imagenet-200.zip')
     originals['zip'] = (folder / 'tiny-imagenet-200.zip').read_bytes()
     evil = [pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'']
+    bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
     torch.save({'config': Evil()}, folder / 'evil.pt')
-    others = [*originals.values(), *evil, (folder / 'evil.pt').read_bytes()]
+    others = [*originals.values(), *evil, bomb, (folder / 'evil.pt').read_bytes()]
 
     def checkpoint():
         assert same(cifar10_x32.read_checkpoint(path, config, *state), state)
@@ -1597,8 +1609,8 @@ def fuzz(count, folder, seed):
     try:
         for kind, read in readers.items():
             outcomes = collections.Counter()
-            for _ in range(count):
-                path.write_bytes(damaged(originals[kind], others, rng))
+            for content in [*others, *(damaged(originals[kind], others, rng) for _ in range(count))]:
+                path.write_bytes(content)
                 signal.alarm(20)
                 try:
                     read()

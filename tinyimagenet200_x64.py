@@ -33,11 +33,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 import data
 from resnet import STAGES, ResNet, parameters
 
@@ -186,15 +181,15 @@ def header(args, config, devices, trn, evals, about):
 def lock(path):
     """Keeps this file to our process until it ends; UserError if it is another's."""
     file = open(path, 'a')
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise data.UserError(f'{path} is being written by another process. End it, or leave out --resume '
-                                 'to begin a new run.') from error
-        except OSError:
-            pass  # a file system without locks
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.register_at_fork(after_in_child=file.close)  # a loader worker that outlives us must not keep it
+    except BlockingIOError as error:
+        raise data.UserError(f'{path} is being written by another process. End it, or leave out --resume to '
+                             'begin a new run.') from error
+    except (ImportError, OSError):
+        pass  # on Windows, or on a file system without locks
 
 
 def write_checkpoint(path, previous=None, **content):
@@ -533,7 +528,7 @@ if __name__ == '__main__':
     except Exception as error:
         if not in_plain_words(error):
             raise
-        time.sleep(RANK > 0)  # torchrun ends all ranks with the first: rank 0 may speak for them
+        time.sleep(1 if RANK else 0)  # torchrun ends all ranks with the first: rank 0 is to speak
         print(f'{SCRIPT.name}: {in_plain_words(error)}', file=sys.stderr)
         sys.exit(2 if isinstance(error, data.UserError) else 1)
     except KeyboardInterrupt:
