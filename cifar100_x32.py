@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import faulthandler
 import hashlib
 import io
 import math
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,26 +178,46 @@ def header(args, config, devices, trn, evals, about):
     return ''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + '\n' + COLUMNS
 
 
-def write_checkpoint(path, **content):
-    """Writes under a temporary name, then renames: whenever we die, `path` is a whole file, old or new."""
+def lock(path):
+    """Keeps this file to our process until it ends; UserError if it is another's."""
+    file = open(path, 'a')
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=file.close)  # a loader worker that outlives us must not keep it
+    except BlockingIOError as error:
+        raise data.UserError(f'{path} is being written by another process. End it, or leave out --resume to '
+                             'begin a new run.') from error
+    except (ImportError, OSError):
+        pass  # on Windows, or on a file system without locks
+
+
+def write_checkpoint(path, previous=None, **content):
+    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new."""
     buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
     torch.save(content, buffer)
     try:
         with open(temporary, 'wb') as file:
             file.write(buffer.getbuffer())
             os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path, config):
-    """A checkpoint, on the CPU. No code in the file is run; UserError unless its config agrees with ours."""
+def read_checkpoint(path, config, *parts):
+    """A checkpoint with these parts, on the CPU. No code in the file is run. UserError if it is damaged, or
+    unless its config agrees with ours."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+            raise ValueError('a CRC differs')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):  # a bare state_dict
             checkpoint = {'config': config, 'net': checkpoint}
         theirs = dict(checkpoint['config'])
+        checkpoint = {part: checkpoint[part] for part in parts}
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
         raise data.UserError(f'{path} is not a checkpoint of these scripts ({reason}).') from error
@@ -203,6 +225,20 @@ def read_checkpoint(path, config):
         if theirs.get(key) != value:
             raise data.UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
     return checkpoint
+
+
+def read_newest(paths, config, *parts):
+    """(checkpoint, path) of the first of these files that is good, (None, None) if none exists."""
+    errors = []
+    for path in filter(Path.exists, paths):
+        try:
+            return read_checkpoint(path, config, *parts), path
+        except data.UserError as error:
+            errors.append(str(error))
+    if errors:
+        names = ' and '.join(path.name for path in paths)
+        raise data.UserError(f'{errors[0]} To begin anew, delete {names}, or leave out --resume.')
+    return None, None
 
 
 def average_running_statistics(net):
@@ -286,7 +322,7 @@ def main():
         trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
     if args.eval:
         try:
-            net.load_state_dict(read_checkpoint(args.eval, shape)['net'])
+            net.load_state_dict(read_checkpoint(args.eval, shape, 'net')['net'])
         except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
             reason = ' '.join(str(error).split())[:200]
             raise data.UserError(f'{args.eval} does not fit --depth and --width ({reason} ...)') from error
@@ -302,7 +338,8 @@ def main():
     run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0,
                           seconds=0.0, eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # rows: it and these two
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
-    state, log_path, folder = None, None, run_folder(args, config['dataset'])
+    best_net = {}  # the weights of the best validation accuracy
+    state, log_path, folder, resumed_from = None, None, run_folder(args, config['dataset']), ''
     if RANK == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -314,10 +351,14 @@ def main():
                     break
                 time.sleep(0.1)
             log_path = log_path or logs[-1]
+            lock(log_path)
         except OSError as error:
             raise data.UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
-        last, best = log_path.with_suffix('.last.pt'), log_path.with_suffix('.best.pt')
-        state = read_checkpoint(last, config) if last.exists() else None
+        last, previous, best = (log_path.with_suffix(f'.{name}.pt') for name in ('last', 'prev', 'best'))
+        state, source = read_newest([last, previous], config, *'net momentum best scaler stats run'.split())
+        if source == previous:
+            previous.replace(last)  # or the damaged one would soon take the place of the good one
+            resumed_from = f' from the previous checkpoint: {last.name} was damaged or missing'
     if WORLD > 1:
         dist.broadcast_object_list(holder := [state], group=control)
         state = holder[0]
@@ -327,6 +368,7 @@ def main():
             momentum[name].copy_(state['momentum'][name])
         scaler.load_state_dict(state['scaler'])
         stats += state['stats'].to(device) * (RANK == 0)
+        best_net.update(state['best'])
         vars(run).update(state['run'])
     live, clock = RANK == 0 and sys.stdout.isatty(), time.perf_counter
     started, shown, waited = clock() - run.seconds, clock(), 0.0
@@ -350,12 +392,12 @@ def main():
         total, run.seconds = total_stats(), clock() - started
         if RANK == 0:
             run.log_size = log_path.stat().st_size
-            write_checkpoint(last, config=config, net=net.state_dict(), momentum=momentum, stats=total,
-                             scaler=scaler.state_dict(), run=vars(run))
+            write_checkpoint(last, previous, config=config, net=net.state_dict(), momentum=momentum,
+                             best=best_net, scaler=scaler.state_dict(), stats=total, run=vars(run))
 
     def save_best():
-        if RANK == 0:
-            write_checkpoint(best, config=config, net=net.state_dict(), it=run.best_it, val_acc=run.best_acc)
+        if RANK == 0 and best_net:
+            write_checkpoint(best, config=config, net=best_net, it=run.best_it, val_acc=run.best_acc)
 
     received = []
 
@@ -373,10 +415,9 @@ def main():
 
     if RANK == 0:
         os.truncate(log_path, min(run.log_size, log_path.stat().st_size))  # later rows will be written again
-        log(f'resumed at update {run.it} on {devices}\n' if state else
+        log(f'resumed at update {run.it} on {devices}{resumed_from}\n' if state else
             header(args, config, devices, trn, evals, about))
-    if state and run.best_it == run.it:  # it may have died before it wrote this file
-        save_best()
+        save_best()  # the file may be older or newer than the checkpoint, or damaged
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     batches, one = trn.batches(run.it), torch.ones((), device=device)
@@ -388,10 +429,11 @@ def main():
                 average_running_statistics(net)
                 val_acc, val_nll = evaluate(net, evl_forward, evals['val'], check_signals)
                 diverged = not math.isfinite(loss) and not skipped or not math.isfinite(val_nll)
-                if diverged or scaler.get_scale() < 1e-4:
+                if diverged or scaler.get_scale() < 1:  # below 1 the gradients overflow fp16 by themselves
                     raise FloatingPointError(
-                        f'the loss was not finite in updates {run.row_it} to {run.it} (loss scale '
-                        f'{scaler.get_scale():g}). The checkpoint of update {run.row_it} is good.')
+                        f'the loss or its gradients were not finite in updates {run.row_it} to {run.it} '
+                        f'(loss scale {scaler.get_scale():g}): try a smaller --lr, or --precision bf16. '
+                        f'The checkpoint of update {run.row_it} is good.')
                 run.seconds = clock() - started
                 run.eval_seconds += clock() - eval_start
                 run.rows.append((run.it, run.seconds, run.eval_seconds))
@@ -400,6 +442,7 @@ def main():
                 is_best = val_acc > run.best_acc
                 if is_best:
                     run.best_it, run.best_acc, run.best_nll = run.it, val_acc, val_nll
+                    best_net.update({name: t.clone() for name, t in net.state_dict().items()})
                 images = updates * args.batch
                 wait_percent = 100 * waited * img_per_s / images
                 log(f'{run.it:7} {lr:10.3e} {loss / images:8.4f} {correct / images:7.4f} {val_acc:7.4f} '
@@ -438,10 +481,7 @@ def main():
                       f'{duration((args.iters - run.it) / rate)} left\033[K', end='', flush=True)
 
         # the only look at the test sets, with the weights of the best validation accuracy
-        if RANK == 0:
-            net.load_state_dict(read_checkpoint(best, config)['net'])
-        for tensor in net.state_dict().values() if WORLD > 1 else ():
-            dist.broadcast(tensor, 0)
+        net.load_state_dict(best_net)
         results = {name: evaluate(net, evl_forward, images, check_signals)
                    for name, images in evals.items() if name != 'val'}
     except Stopped as stopped:
@@ -467,16 +507,29 @@ def main():
     log(f'{rows}RESULT {result}\n')
 
 
+def in_plain_words(error):
+    """A line for an error that users can do something about; '' for a fault of the program."""
+    text = (str(error).splitlines() or [''])[0]
+    if isinstance(error, (data.UserError, FloatingPointError, OSError)):
+        return text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text})'
+    if WORLD > 1 and re.search('Connection (closed|reset) by peer', text):
+        return 'another rank ended, so this one ends too; what was saved is good.'
+    return ''
+
+
 if __name__ == '__main__':
+    faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
     try:
         main()
         if WORLD > 1:
             dist.destroy_process_group()
-    except (data.UserError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        if RANK == 0:
-            print(f'{SCRIPT.name}: {str(error).splitlines()[0]}', file=sys.stderr)
-        else:
-            time.sleep(1)  # torchrun ends all ranks with the first: rank 0 has to speak before
+    except Exception as error:
+        if not in_plain_words(error):
+            raise
+        time.sleep(1 if RANK else 0)  # torchrun ends all ranks with the first: rank 0 is to speak
+        print(f'{SCRIPT.name}: {in_plain_words(error)}', file=sys.stderr)
         sys.exit(2 if isinstance(error, data.UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -584,7 +584,8 @@ def prepare(name, data_dir):
                 SOURCES[name][0](name, data_dir, folder)
                 read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
         except OSError as error:
-            reason = f'{error.filename or data_dir}: {error.strerror or error}'
+            # numpy names neither file nor cause when a write falls short
+            reason = f'{error.filename or data_dir}: {error.strerror or f"{error}; is the disk full?"}'
             raise UserError(f'{name} could not be prepared ({reason}).') from error
 
 
@@ -656,25 +657,29 @@ def decode(data, path, box=None):
 
 def decode_all(read, count, file, size, box=False):
     """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path)."""
-    images = np.lib.format.open_memmap(file, 'w+', np.uint8, (count, size, size, 3))
+    shape = count, size, size, 3
     progress = Progress(file.stem.replace('_', ' '), count)
 
     def work(start):
+        images = []
         for i in range(start, min(start + 64, count)):
             encoded, path = read(i)
-            image = decode(encoded, path, size if box else None)
-            if image.shape != images.shape[1:]:
-                raise UserError(f'{path} has {image.shape[:2]} pixels, not {(size, size)}.')
-            images[i] = image
+            images.append(decode(encoded, path, size if box else None))
+            if images[-1].shape != shape[1:]:
+                raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
+        return np.stack(images)
 
     # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for i, _ in enumerate(pool.map(work, range(0, count, 64))):
-            progress(min(64 * (i + 1), count))
+        with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
+            header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            for i, images in enumerate(pool.map(work, range(0, count, 64))):
+                out.write(images)
+                progress(min(64 * (i + 1), count))
     finally:
         pool.shutdown(cancel_futures=True)
-    images.flush()
 
 
 def prepare_tiny_imagenet(name, data_dir, folder):
@@ -751,7 +756,7 @@ def open_zip(path):
     """A zip file whose members all lie inside of their folder; UserError otherwise."""
     try:
         zipped = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
         raise UserError(f'{path} is damaged ({error}). Fetch it again.') from error
     for member in zipped.namelist():
         if member.startswith('/') or '..' in member.replace('\\', '/').split('/') or ':' in member:
@@ -762,12 +767,16 @@ def open_zip(path):
 def read_member(zipped, member):
     try:
         return zipped.read(member)
-    except Exception as error:  # zipfile and zlib raise many kinds for damaged bytes
+    except Exception as error:
         raise UserError(f'{zipped.filename} is damaged at {member} ({error}). Fetch it again.') from error
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
+
+    Based on the unpickler that is written in Python, as quick here: a few damaged bytes can make the other
+    one take 64 GB of memory.
+    """
 
     ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
                ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
