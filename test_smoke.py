@@ -206,8 +206,9 @@ def test_unknown_networks_are_refused():
             resnet.ResNet(depth, width, size, 10, (0.5,) * 3, (0.25,) * 3)
 
 
-def test_resnet_prints_its_table():
-    table = run('resnet.py')
+def test_resnet_prints_its_table(capsys):
+    resnet.main()
+    table = capsys.readouterr().out
     assert '272,474' in table and '25,557,032' in table and '4089.2' in table  # as torchvision documents
 
 
@@ -550,10 +551,16 @@ def test_a_killed_preparation_is_begun_anew(tiny):
         '"TinyImageNet200_x64")', **SMALL)
 
 
-def test_data_report_and_preview(small, tmp_path):
-    report = run('data.py', '--data-dir', small, **SMALL)
+def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+
+    def output(*words):
+        monkeypatch.setattr(sys, 'argv', ['data.py', *map(str, words), '--data-dir', str(small)])
+        data.main()
+        return capsys.readouterr().out
+    report = output()
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
-    run('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small, **SMALL)
+    output('preview', 'CIFAR10_x32', tmp_path / 'sheet.png')
     assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
 
@@ -1014,11 +1021,11 @@ def reference_run(small, tmp_path_factory):
 
 
 def test_a_run_learns_and_its_log_is_complete(tmp_path):
-    run('cifar10_x32.py', '--synthetic', '--iters', 40, '--batch', 128, '--lr', 0.1, '--log-dir', tmp_path)
+    run('cifar10_x32.py', '--synthetic', '--iters', 40, '--batch', 64, '--lr', 0.1, '--log-dir', tmp_path)
     log = only(tmp_path, '*.log')
     run_name, seed = log.parts[-3:-1]
     assert log.parts[-4] == 'CIFAR10_x32-synthetic' and seed == '42'
-    assert run_name.startswith('resnet_20x1-batch_128-iter_40-wd_0.0010')
+    assert run_name.startswith('resnet_20x1-batch_64-iter_40-wd_0.0010')
     text = log.read_text()
     table = rows(text)
     assert [int(row[0]) for row in table] == list(range(4, 41, 4))
@@ -1469,7 +1476,7 @@ def test_eval_reproduces_the_result(small, reference_run, capsys):
         assert re.search(f'^{name} .*$', printed, re.M)[0] == re.search(f'^{name} .*$', output, re.M)[0]
 
 
-def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
+def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch, capsys):
     import cifar10_x32
     best = only(reference_run[0], '*.best.pt')
     (tmp_path / 'text').write_text('no checkpoint')
@@ -1483,9 +1490,13 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
         with pytest.raises(data.UserError) as error:
             cifar10_x32.main()
         says(str(error.value), *words)
-    says(run('cifar10_x32.py', '--depth', 19, ok=2), '19', '18, 20, 32')
-    says(run('cifar10_x32.py', '--iter', 9, ok=2), 'unrecognized arguments: --iter')  # no guessing
-    says(run(*SHORT, '--iters', 0, ok=2), 'start at 1')
+    for flag, value, words in (('--depth', 19, 'choose from 18, 20, 32'),
+                               ('--iter', 9, 'unrecognized arguments: --iter')):  # no guessing
+        monkeypatch.setattr(sys, 'argv', ['cifar10_x32.py', flag, str(value)])
+        with pytest.raises(SystemExit, match='2'):
+            cifar10_x32.main()
+        says(capsys.readouterr().err, words)
+    says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
     refused('--batch', 10, '--accum', 3, words=['--batch 10 is not divisible', '3 passes'])
     refused('--eval', best, '--depth', 32, '--data-dir', small, words=['depth 20', '32'], **SMALL)
     refused('--eval', tmp_path / 'text', '--data-dir', small, words=['not a checkpoint'], **SMALL)
@@ -1500,15 +1511,17 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('file', [None, 'data_batch_3'])
-def test_missing_and_damaged_cifar(tmp_path, file):
+def test_missing_and_damaged_cifar(tmp_path, file, monkeypatch):
     words = ['--synthetic', 'cifar-10-python.tar.gz']
     if file:
         (tmp_path / 'cifar-10-batches-py').mkdir()
         (tmp_path / 'cifar-10-batches-py' / file).write_bytes(b'half of a file')  # as after a broken copy
         words.append('data_batch_3 is damaged')
-    # a proxy that nobody serves stands for a missing network
-    says(run('cifar10_x32.py', '--data-dir', tmp_path, '--log-dir', tmp_path, ok=2,
-             https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9'), *words)
+    for name in ('https_proxy', 'http_proxy'):  # one that nobody serves stands for a missing network
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    with pytest.raises(data.UserError) as error:
+        data.prepare('CIFAR10_x32', tmp_path)
+    says(str(error.value), *words)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
