@@ -1059,15 +1059,14 @@ def children(process):
     return map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split())
 
 
-def kill_and_resume(command, kills, seed):
+def kill(command, kills, seed):
     """Kills a run again and again: in a checkpoint, right after a row of the log, in an evaluation (these two
-    if it is TALKATIVE), at any time. Resumes it each time, the last time to its end. Returns how often it was
-    doing what."""
+    if it is TALKATIVE), at any time. Returns how often it was doing what."""
     rng, moments = np.random.default_rng(seed), collections.Counter()
     aims = ('write_checkpoint', 'row', 'evaluate', 'any time') if '-c' in command else ('any time', 'row')
-    for kill in range(kills):
+    for i in range(kills):
         process = start(command, stderr=subprocess.STDOUT)
-        aim = aims[kill % len(aims)]
+        aim = aims[i % len(aims)]
         for line in process.stdout:
             if line.startswith(('   iter  ', 'resumed')):
                 break
@@ -1082,15 +1081,15 @@ def kill_and_resume(command, kills, seed):
                         if f' in {name}\n' in where), 'else')
         for pid in [*children(process), process.pid]:
             os.kill(pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f'it ended before kill {kill + 1}'
+        assert process.wait() == -signal.SIGKILL, f'it ended before kill {i + 1}'
         moments[aim] += 1
-    run(*command, **SMALL)
     return moments
 
 
 def test_killed_and_resumed_weights_are_bit_identical(small, reference_run, tmp_path):
-    flags = ['--data-dir', small, '--log-dir', tmp_path, '--resume']  # the first time it starts
-    kill_and_resume([*TALKATIVE, *SHORT, *flags], 3, seed=0)
+    flags = [*SHORT, '--data-dir', small, '--log-dir', tmp_path, '--resume']  # the first time it starts
+    kill([*TALKATIVE, *flags], 3, seed=0)
+    main(*flags)
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
     assert_same_rows(tmp_path, reference_run[0])
 
@@ -1110,8 +1109,9 @@ def kill_test(kills):
                            small]
                 begin = time.monotonic()
                 run(*command, '--log-dir', Path(folder, way, 'whole'), timeout=600, **SMALL)
-                moments = kill_and_resume([*command, '--log-dir', Path(folder, way, 'killed'), '--resume'],
-                                          count, seed=count)
+                command += ['--log-dir', Path(folder, way, 'killed'), '--resume']
+                moments = kill(command, count, seed=count)
+                run(*command, **SMALL)
                 assert_same_weights(*(weights(Path(folder, way, name)) for name in ('killed', 'whole')))
                 assert_same_rows(*(Path(folder, way, name) for name in ('killed', 'whole')))
                 said = ', '.join(f'{n} x {what}' for what, n in moments.items())
