@@ -450,9 +450,11 @@ def main():
                     f'{skipped:7.0f} {duration(run.seconds):>8}{" *" * is_best}\n')
                 run.row_it, waited = run.it, 0.0
                 stats.zero_()
+                save_start = clock()
                 save()
                 if is_best:
                     save_best()
+                run.eval_seconds += clock() - save_start
             if run.it == args.iters:
                 break
             check_signals()
