@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,7 @@ def main():
     if WORLD > 1:
         dist.init_process_group('nccl' if args.device == 'cuda' else 'gloo')
         control = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=2))
+        warnings.filterwarnings('ignore', '.*broadcast_buffers')  # its new name is younger than torch 2.6
 
     # data: rank 0 prepares the set, then the first rank of any machine that has a disk of its own
     for my_turn in (RANK == 0, LOCAL_RANK == 0):
