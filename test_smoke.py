@@ -1011,6 +1011,50 @@ def test_learning_curves(tmp_path, monkeypatch):
     says(run('logs/table.py', '--plot', tmp_path / 'curves.png', ok=2), 'out.png LOG')
 
 
+# ---- logs/bench.py ----
+
+def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE / 'logs')
+    import bench
+    assert [bench.net(text) for text in ('18x1', '20x4:64', '50x1@224:16')] == [
+        (18, 1, 32, 256), (20, 4, 32, 64), (50, 1, 224, 16)]
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '20x1:64', '--ours', '--turns', '1', '--updates', '2'])
+    bench.main()
+    *_, head, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:2] == ['net', 'px'] and row[:4] == ['20x1', '32', '64', 'ours']
+    iter_per_min, img_per_s, wait, start, memory, limit = map(float, row[5:])
+    assert img_per_s == pytest.approx(iter_per_min * 64 / 60, abs=1) and 0 < limit < 150
+    assert 0 <= wait < 100 and 1 < start < 60 and 200 < memory < 20000
+    bench.usual(20, 1, 32, 64, 3)  # in rows like those of our logs
+    usual = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in usual] == ['1', '2', '3']
+    assert all(len(row) == 11 and float(row[7]) > 0 and 0 <= float(row[8]) <= 100 for row in usual)
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '19x1'])
+    with pytest.raises(SystemExit, match='2'):
+        bench.main()
+    assert '19x1 is no net like 20x1' in capsys.readouterr().err
+
+
+def test_bench_measures_the_loader(imagenet, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(HERE / 'logs')
+    import bench
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
+    threads = torch.get_num_threads()
+    command = ['bench.py', 'imagenet2012', '--turns', '1', '--data-dir']
+    monkeypatch.setattr(sys, 'argv', [*command, str(imagenet)])
+    monkeypatch.setenv(data.INCOMPLETE, '1')  # bench.py sets it: so it is unset again
+    bench.main()
+    torch.set_num_threads(threads)
+    table = re.findall(r'^(decode|decode, crop, flip|loader, 1 processes) +(\d+) +(\d+) +([\d.]+)$',
+                       capsys.readouterr().out, re.M)
+    assert len(table) == 3 and all(float(a) / float(b) == pytest.approx(float(r), rel=0.05, abs=0.02)
+                                   for _, a, b, r in table)
+    monkeypatch.setattr(sys, 'argv', [*command, str(imagenet / 'nowhere')])
+    with pytest.raises(SystemExit, match='2'):
+        bench.main()
+    says(capsys.readouterr().err, 'needs train/ and val/')
+
+
 # ---- runs ----
 
 @pytest.fixture(scope='session')
