@@ -20,7 +20,6 @@ With imagenet2012, the files under --data-dir are decoded, cropped to 224 px and
 then by loaders with 1, 2, 4 ... of them. The usual style is torchvision's ImageFolder with PIL transforms.
 """
 import argparse
-import itertools
 import math
 import os
 import re
@@ -188,7 +187,7 @@ def bench_files(data_dir, turns):
 
     cases = {'decode': (1, lambda: each(lambda i: data.decode_tensor(*images.read(i))),
                         lambda: each(lambda i: folder.loader(folder.samples[i][0]))),
-             'decode, crop, flip': (1, lambda: (ours(0)[n, 0] for n in itertools.count()),
+             'decode, crop, flip': (1, lambda: ours(0).batches(0),
                                     lambda: each(folder.__getitem__))}
     workers = 1
     while workers <= os.cpu_count():
