@@ -588,7 +588,10 @@ WNIDS = [f'n{i:08}' for i in range(11)]
 @pytest.fixture(scope='session')
 def imagenet(tmp_path_factory):
     """--data-dir with a small imagenet2012 and test sets: integer folders, and a few classes only."""
-    folder = tmp_path_factory.mktemp('imagenet')
+    return make_imagenet(tmp_path_factory.mktemp('imagenet'))
+
+
+def make_imagenet(folder):
     class_folders(folder / 'imagenet2012/train', WNIDS, 5)
     class_folders(folder / 'imagenet2012/val', WNIDS, 2)
     class_folders(folder / 'imagenetv2-matched-frequency-format-val', ['0', '1', '10', '2'], 1)
@@ -1139,16 +1142,19 @@ def test_killed_and_resumed_weights_are_bit_identical(small, reference_run, tmp_
 
 
 def kill_test(kills):
-    """The long form: a row after every update, three ways to run it. A failure is an AssertionError."""
-    copy = HERE / 'mine_for_test.py'
-    text = (HERE / 'cifar10_x32.py').read_text().replace('EVAL_EVERY = 1000', 'EVAL_EVERY = 1')
-    ways = [('one rank', kills, TALKATIVE, ()), ('two passes', kills, TALKATIVE, ('--accum', 2)),
-            ('two ranks', max(1, kills // 4), (*LAUNCH, '--nproc_per_node=2'), ())]
+    """The long form: a row after every update, four ways to run it. A failure is an AssertionError."""
+    copy, few = HERE / 'mine_for_test.py', max(1, kills // 4)
+    ways = [('one rank', 'cifar10_x32', kills, TALKATIVE, ()),
+            ('two passes', 'cifar10_x32', kills, TALKATIVE, ('--accum', 2)),
+            ('two ranks', 'cifar10_x32', few, (*LAUNCH, '--nproc_per_node=2'), ()),
+            ('image files', 'imagenet2012', few, TALKATIVE, ('--depth', 20, '--batch', 8, '--workers', 2))]
     with tempfile.TemporaryDirectory() as folder:
-        copy.write_text(text)
         try:
             small = make_small(Path(folder))
-            for way, count, launch, flags in ways:
+            make_imagenet(small)
+            for way, script, count, launch, flags in ways:
+                text = (HERE / f'{script}.py').read_text()
+                copy.write_text(text.replace('EVAL_EVERY = 1000', 'EVAL_EVERY = 1'))
                 command = [*launch, copy.name, *SHORT[1:], *flags, '--iters', 20 + 3 * count, '--data-dir',
                            small]
                 begin = time.monotonic()
@@ -1721,6 +1727,11 @@ def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
         shutil.rmtree(tmp_path / 'imagenet2012-pack', ignore_errors=True)
         importlib.import_module(words[0].removesuffix('.py')).main()
         assert 'RESULT' in capsys.readouterr().out or words[0] == 'data.py', command
+
+
+def test_readme_names_tests_that_exist():
+    named = set(re.findall(r'`(test_[a-z_]+)`', README))
+    assert len(named) > 15 and named <= {name for name in globals() if name.startswith('test_')}
 
 
 def test_readme_copy_for_your_own_data(tmp_path):
