@@ -1280,12 +1280,13 @@ def test_a_full_disk_leaves_what_was_saved(small, reference_run, tmp_path, disk,
     assert_same_weights(weights(tmp_path / 'again'), weights(reference_run[0]))
 
 
-def test_a_disk_that_is_full_from_the_start(small, disk):
+def test_a_disk_that_is_full_from_the_start(small, disk, capsys):
     disk(40)
     with open(disk.folder / 'filling', 'wb') as file, contextlib.suppress(OSError):
         file.write(bytes(2 ** 16))
     with pytest.raises(OSError, match='No space left'):
         main(*SHORT, '--data-dir', small, '--log-dir', disk.folder)
+    assert not rows(capsys.readouterr().out)  # nothing is computed that cannot be logged
     (disk.folder / 'filling').unlink()
     disk(32000)
     log = only(disk.folder, '*.log')
