@@ -9,7 +9,6 @@ Reference test accuracy (JAX, seed 42, fp32): 20x1 0.662, 20x2 0.722, 20x4 0.767
 """
 import argparse
 import contextlib
-import ctypes
 import datetime
 import faulthandler
 import hashlib
@@ -132,10 +131,7 @@ def set_up_device(args):
         return torch.device('cuda', LOCAL_RANK), torch.cuda.get_device_name()
     if args.device == 'mps' and not mps:
         raise data.UserError(f'--device mps: torch {torch.__version__} finds none. Use --device cpu.')
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        # keep freed activations: pages given back to the system are zeroed again in every step
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap too
+    data.keep_freed_memory()  # or activations would get new pages in every step
     cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     name = re.search(r'model name\s*: (.*)', cpuinfo)
     name = name[1] if name else platform.machine()

@@ -18,6 +18,7 @@ the same for any number of ranks and from any iteration on, so there is no loade
 import argparse
 import atexit
 import contextlib
+import ctypes
 import functools
 import io
 import itertools
@@ -347,7 +348,7 @@ class JpegBatches(torch.utils.data.Dataset):
         ahead = {'prefetch_factor': 2 + 2 * len(pieces) // self.workers} if self.workers else {}
         loader = iter(torch.utils.data.DataLoader(
             self, batch_size=None, sampler=((number, first) for number in numbers for first in pieces),
-            num_workers=self.workers, worker_init_fn=ignore_signals, pin_memory=self.device.type == 'cuda',
+            num_workers=self.workers, worker_init_fn=start_worker, pin_memory=self.device.type == 'cuda',
             **ahead))
         if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -370,9 +371,17 @@ class JpegBatches(torch.utils.data.Dataset):
             del loader  # ends its processes even if a traceback keeps this frame
 
 
-def ignore_signals(worker):
+def start_worker(worker):
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a cluster sends them to all processes:
         signal.signal(number, signal.SIG_IGN)       # the main one answers, and ends this one
+    keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Makes glibc keep what is freed: pages given back to the system have to be zeroed when needed again."""
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap too
 
 
 class JpegTrainBatches(JpegBatches):
