@@ -42,6 +42,7 @@ import resnet
 from logs import table as tables
 
 HERE = Path(__file__).resolve().parent
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 SCRIPTS = ['cifar10_x32', 'cifar100_x32', 'tinyimagenet200_x32', 'tinyimagenet200_x64', 'imagenet1k_x32',
            'imagenet1k_x64', 'imagenet2012']
 MARK = '# ==== identical in all seven scripts below this line (test_smoke.py) ====\n'
@@ -538,17 +539,17 @@ def test_ready_made_arrays_are_checked(tmp_path, monkeypatch):
         data.prepare('CIFAR10_x32', tmp_path)
 
 
-def test_a_killed_preparation_is_begun_anew(tiny):
+def test_a_killed_preparation_is_begun_anew(tiny, monkeypatch):
     folder, _ = tiny
     slow = ('import data, os, signal\n'
             'data.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
             f'data.prepare("TinyImageNet200_x64", {str(folder)!r})')
     run('-c', slow, ok=-9, **SMALL)
     assert len(list(folder.glob('TinyImageNet200_x64.part*'))) == 1
-    run('data.py', 'TinyImageNet200_x64', '--data-dir', folder, **SMALL)
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    data.prepare('TinyImageNet200_x64', folder)
     assert not list(folder.glob('*.part*'))
-    run('-c', f'import data; data.read_arrays("TinyImageNet200_x64", data.Path({str(folder)!r}) / '
-        '"TinyImageNet200_x64")', **SMALL)
+    data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')
 
 
 def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
@@ -1736,7 +1737,7 @@ def test_readme_names_tests_that_exist():
     assert len(named) > 15 and named <= {name for name in globals() if name.startswith('test_')}
 
 
-def test_readme_copy_for_your_own_data(tmp_path):
+def test_readme_copy_for_your_own_data(tmp_path, monkeypatch):
     recipe = re.search(r'^```python\n(.*?)^```', README, re.M | re.S)[1]
     copy = HERE / 'flowers_for_test.py'
     text = (HERE / 'cifar10_x32.py').read_text()
@@ -1751,10 +1752,11 @@ def test_readme_copy_for_your_own_data(tmp_path):
         text = only(tmp_path, '*.log').read_text()
         assert only(tmp_path, '*.log').parts[-4] == copy.stem and '2000 trn, 500 val, 600 tst' in text
         assert result(text)['dataset'] == 'Flowers'
-        (tmp_path / 'Flowers').rename(tmp_path / 'elsewhere')
-        says(run(copy.name, '--data-dir', tmp_path, ok=2), 'make the folder', 'Flowers', 'train_images.npy')
     finally:
         copy.unlink()
+    monkeypatch.setitem(data.SETS, 'Tulips', {})
+    with pytest.raises(data.UserError, match='make the folder .*Tulips with train_images.npy'):
+        data.prepare('Tulips', tmp_path)
 
 
 def sync():
