@@ -1323,14 +1323,11 @@ def test_data_file_cut_short_during_the_run(small, reference_run, tmp_path):
     """The system ends a process that reads a mapped file which is no longer there (SIGBUS)."""
     shutil.copytree(small, tmp_path / 'data')
     flags = [*SHORT, '--data-dir', tmp_path / 'data', '--log-dir', tmp_path]
-    process = start(flags, stderr=subprocess.STDOUT)
-    text = ''
+    process = start(flags)
     for line in process.stdout:
-        text += line
         if line[:7].strip() == '6':
             os.truncate(tmp_path / 'data' / 'CIFAR10_x32' / 'train_images.npy', 4096)
     assert process.wait() == -signal.SIGBUS
-    assert 'Fatal Python error: Bus error' in text and 'data.py' in text
     main(*flags[:-3], small, *flags[-2:], '--resume')
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
 
