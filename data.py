@@ -453,8 +453,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         evals = {'val': JpegEvalBatches(parts['val'], eval_batch, *shared)}
         evals['IN'] = evals['val']
         for test, (folder, classes, count) in IMAGENET_TESTS.items():
-            if (Path(data_dir) / folder).is_dir():
-                images = open_folder(Path(data_dir) / folder, wnids, classes, count)
+            if (folder := Path(data_dir) / folder).is_dir():
+                images = open_folder(folder, list_images(folder), wnids, classes, count)
                 evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
         return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
     if synthetic:
@@ -896,12 +896,13 @@ def list_images(folder):
     return classes, names, np.repeat(np.arange(len(counts)), counts)
 
 
-def open_folder(folder, wnids, classes, images):
+def open_folder(folder, listed, wnids, classes, images):
     """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
 
-    Raises UserError unless there are that many classes and images, or for an unknown class.
+    listed: what list_images(folder) gave. Raises UserError unless there are that many classes and images, or
+    for an unknown class.
     """
-    names, files, which = list_images(folder)
+    names, files, which = listed
     place = {wnid: i for i, wnid in enumerate(wnids)}
     labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
     unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
@@ -926,27 +927,28 @@ def open_imagenet(data_dir, packed=True):
     if not present or (len(present) < 2 and not incomplete_allowed()):
         raise UserError(f'{root} needs train/ and val/: put {", ".join(ARCHIVES)} (image-net.org) into '
                         f'{data_dir} and run python data.py unpack imagenet2012, or try --synthetic.')
-    wnids = list_images(root / present[0])[0]
+    listed = {part: list_images(root / part) for part in present}
+    wnids = listed[present[0]][0]
     if len(wnids) != facts['classes'] and not incomplete_allowed():
         raise UserError(f'{root}/{present[0]} has {len(wnids)} class folders (n01440764 ...), not 1000. '
                         'Unpack its archive again.')
     nothing = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
     parts = {'train': nothing, 'val': nothing}
-    for part in present:
-        if part == 'val' and not list_images(root / part)[0]:
-            parts[part] = open_flat_val(root, wnids)
+    for part, (classes, files, _) in listed.items():
+        if part == 'val' and not classes:
+            parts[part] = open_flat_val(root, files, wnids)
         else:
-            parts[part] = open_folder(root / part, wnids, facts['classes'], facts[part])
+            parts[part] = open_folder(root / part, listed[part], wnids, facts['classes'], facts[part])
     return parts, wnids, 'imagenet2012, classes are the sorted wnids'
 
 
-def open_flat_val(root, wnids):
-    """imagenet2012/val with its 50000 files in no class folders: labels from the development kit beside it.
+def open_flat_val(root, files, wnids):
+    """imagenet2012/val with its 50000 `files` in no folders: labels from the development kit beside it.
 
     Its meta.mat is a MATLAB 5 file (a header of 128 bytes, then a tag of 8 and compressed data), in which the
     synsets stand in the order of their ids from 1; the ids of the images are in the ground truth file.
     """
-    kit, files = root / 'ILSVRC2012_devkit_t12' / 'data', list_images(root / 'val')[1]
+    kit = root / 'ILSVRC2012_devkit_t12' / 'data'
     try:
         truth = [int(i) for i in (kit / 'ILSVRC2012_validation_ground_truth.txt').read_text().split()]
         meta = (kit / 'meta.mat').read_bytes()

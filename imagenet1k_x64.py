@@ -323,10 +323,11 @@ def main():
         except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
             reason = ' '.join(str(error).split())[:200]
             raise data.UserError(f'{args.eval} does not fit --depth and --width ({reason} ...)') from error
-        for name, batches in evals.items():
-            accuracy, nll = evaluate(net, evl_forward, batches, lambda: None)
-            if RANK == 0:
-                print(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(batches)} images')
+        results = {batches: evaluate(net, evl_forward, batches, lambda: None)
+                   for batches in dict.fromkeys(evals.values())}  # once, though one may have two names
+        for name, batches in evals.items() if RANK == 0 else ():
+            accuracy, nll = results[batches]
+            print(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(batches)} images')
         return
     if trn.per_epoch == 0:
         raise data.UserError(f'--batch {args.batch} is more than the {len(trn)} training images.')
@@ -440,9 +441,9 @@ def main():
                 if is_best:
                     run.best_it, run.best_acc, run.best_nll = run.it, val_acc, val_nll
                     best_net.update({name: t.clone() for name, t in net.state_dict().items()})
-                images = updates * args.batch
-                wait_percent = 100 * waited * img_per_s / images
-                log(f'{run.it:7} {lr:10.3e} {loss / images:8.4f} {correct / images:7.4f} {val_acc:7.4f} '
+                seen = updates * args.batch
+                wait_percent = 100 * waited * img_per_s / seen
+                log(f'{run.it:7} {lr:10.3e} {loss / seen:8.4f} {correct / seen:7.4f} {val_acc:7.4f} '
                     f'{val_nll:7.4f} {iter_per_min:8.0f} {img_per_s:7.0f} {wait_percent:6.1f} '
                     f'{skipped:7.0f} {duration(run.seconds):>8}{" *" * is_best}\n')
                 run.row_it, waited = run.it, 0.0

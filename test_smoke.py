@@ -237,6 +237,17 @@ def test_recipes_give_every_reference_row():
         assert module.SEED == 42 and module.MOMENTUM == 0.9 and module.EVAL_EVERY == 1000
 
 
+@pytest.mark.parametrize('batch,lr,iters', [(2048, 0.8, 64000), (1024, 0.4, 128000), (4096, 1.6, 32000)])
+def test_batch_alone_rescales_learning_rate_and_updates(monkeypatch, batch, lr, iters):
+    import imagenet2012
+    monkeypatch.setattr(sys, 'argv', ['imagenet2012.py', '--batch', str(batch)])
+    args = imagenet2012.parse_args()
+    assert args.lr == pytest.approx(lr) and args.iters == iters
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--lr', '0.3', '--iters', '7'])
+    args = imagenet2012.parse_args()
+    assert (args.lr, args.iters) == (0.3, 7)
+
+
 def test_learning_rate():
     import cifar10_x32
     rates = [cifar10_x32.lr_at(it, 48000, 0.1) for it in range(48000)]
@@ -434,6 +445,16 @@ def test_zip_members_outside_of_their_folder_are_refused(tmp_path, member):
         archive.writestr(member, 'x')
     with pytest.raises(data.UserError, match='points outside'):
         data.prepare('TinyImageNet200_x64', tmp_path)
+
+
+def test_a_zip_that_zipfile_does_not_know_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
+        archive.writestr('a', 'b')
+    content = bytearray((tmp_path / 'x.zip').read_bytes())
+    content[content.index(b'PK\1\2') + 6] = 255  # the version needed to read it
+    (tmp_path / 'x.zip').write_bytes(content)
+    with pytest.raises(data.UserError, match='x.zip is damaged .*Fetch it again'):
+        data.open_zip(tmp_path / 'x.zip')
 
 
 def batch_file(rng, n, size):
@@ -673,6 +694,13 @@ def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
     assert len(seen) == 14 * 8  # other crops in every epoch
 
 
+def test_cores_are_shared_among_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
+    for ranks, workers in ((1, 16), (8, 2), (32, 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+        assert data.default_workers() == workers
+
+
 @pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
 def test_every_evaluation_file_once(imagenet, monkeypatch, batch, world, workers):
     monkeypatch.setenv(data.INCOMPLETE, '1')
@@ -702,11 +730,12 @@ def test_test_sets_of_imagenet(imagenet, monkeypatch):
     accuracy, nll = imagenet2012.evaluate(torch.nn.Identity(), lambda x: logits, evals['IN-R'], lambda: None)
     restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
     assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
+    folder = imagenet / 'imagenet-r'
     with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
-        data.open_folder(imagenet / 'imagenet-r', WNIDS[:2], 200, 30000)
+        data.open_folder(folder, data.list_images(folder), WNIDS[:2], 200, 30000)
     monkeypatch.delenv(data.INCOMPLETE)
     with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 class folders'):
-        data.open_folder(imagenet / 'imagenet-r', WNIDS, 200, 30000)
+        data.open_folder(folder, data.list_images(folder), WNIDS, 200, 30000)
 
 
 def test_the_list_of_files_follows_the_folders(tmp_path):
@@ -814,14 +843,22 @@ def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_pat
                '--batch', 8, '--workers', 0, '--eval', tmp_path / 'resnet18.pth']
     monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.setattr(sys, 'argv', [*map(str, command)])
+    once, evaluated = data.JpegEvalBatches.__iter__, []
+    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: evaluated.append(x) or once(x))
     imagenet2012.main()
     printed = capsys.readouterr().out
+    assert len(evaluated) == 3 and len(printed.splitlines()) == 4  # IN is val
     accuracy, nll = re.search(r'^IN +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
     assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
     assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
     monkeypatch.setattr(sys, 'argv', [*map(str, command), '--depth', '34'])
     with pytest.raises(data.UserError, match='does not fit --depth'):
         imagenet2012.main()
+    (tmp_path / 'imagenet2012').mkdir()  # val alone is enough
+    (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
+    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--data-dir', str(tmp_path)])
+    imagenet2012.main()
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:2]
 
 
 def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypatch):
@@ -1297,12 +1334,14 @@ def test_a_disk_that_is_full_from_the_start(small, disk, capsys):
     assert log.name == only(disk.folder / 'again', '*.log').name  # it was begun again
 
 
-def test_a_full_disk_in_the_preparation(tiny, disk):
+def test_a_full_disk_in_the_preparation(tiny, disk, monkeypatch):
     folder, files = tiny
     disk(80)
     shutil.move(folder / 'tiny-imagenet-200.zip', folder / 'aside.zip')
     (disk.folder / 'tiny-imagenet-200.zip').symlink_to(folder / 'aside.zip')
-    says(run('data.py', 'TinyImageNet200_x64', '--data-dir', disk.folder, ok=2, **SMALL), 'No space left')
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    with pytest.raises(data.UserError, match='could not be prepared .*No space left'):
+        data.prepare('TinyImageNet200_x64', disk.folder)
     assert not list(disk.folder.glob('TinyImageNet*'))
 
 
@@ -1436,7 +1475,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(small, reference_run, tmp_pat
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_two_ranks_one_rank_and_two_again(small, tmp_path):
+def test_two_ranks_one_rank_and_two_again(small, tmp_path, capsys):
     """A run on two ranks of which one is killed and restarted, then on one rank in two passes, then on two
     again, gives what one rank gives in two passes."""
     flags = [*SHORT, '--data-dir', small, '--log-dir']
@@ -1460,6 +1499,11 @@ def test_two_ranks_one_rank_and_two_again(small, tmp_path):
     two, one = (only(tmp_path / name, '*.log').read_text() for name in ('two', 'one'))
     assert re.findall(r'resumed at update \d+ on (\d) x', two) == ['2', '1', '2']
     assert result(two)['world'] == '2' and len(rows(two)) == 12
+    capsys.readouterr()
+    main(*SHORT, '--data-dir', small, '--eval', only(tmp_path / 'two', '*.best.pt'))
+    for name, accuracy, nll in re.findall(r'^(\w+) +acc (\S+) +nll (\S+)', capsys.readouterr().out, re.M):
+        assert accuracy == result(two)[f'{name}_acc']  # the mean running statistics are evaluated, and saved
+        assert float(nll) == pytest.approx(float(result(two)[f'{name}_nll']), abs=2e-4)
     for a, b in zip(rows(two), rows(one), strict=True):  # training loss and accuracy
         assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4 if int(a[0]) < 6 else 2e-2), (two, one)
         assert float(a[3]) == pytest.approx(float(b[3]), abs=0 if int(a[0]) < 6 else 0.04), (two, one)
@@ -1575,19 +1619,12 @@ def test_missing_and_damaged_cifar(tmp_path, file, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_no_update_waits_for_the_gpu(tmp_path):
-    copy = HERE / 'mine_for_test.py'
-    text = (HERE / 'cifar10_x32.py').read_text()
-    marks = ["            for group in optimizer.param_groups:\n", '            run.it += 1\n']
-    assert all(text.count(mark) == 1 for mark in marks)
+def test_no_update_waits_for_the_gpu(tmp_path, mine):
+    first, last = '            for group in optimizer.param_groups:\n', '            run.it += 1\n'
     strict = "            torch.cuda.set_sync_debug_mode('error' if run.it > 2 else 0)\n"
-    text = text.replace(marks[0], strict + marks[0])
-    copy.write_text(text.replace(marks[1], marks[1] + '            torch.cuda.set_sync_debug_mode(0)\n'))
-    try:
-        for precision in ('fp16', 'fp32'):
-            run(copy.name, '--synthetic', '--iters', 20, '--precision', precision, '--log-dir', tmp_path)
-    finally:
-        copy.unlink()
+    script = mine((first, strict + first), (last, last + '            torch.cuda.set_sync_debug_mode(0)\n'))
+    for precision in ('fp16', 'fp32'):
+        run(script, '--synthetic', '--iters', 20, '--precision', precision, '--log-dir', tmp_path)
 
 
 # ---- damaged files ----
