@@ -926,7 +926,8 @@ def open_imagenet(data_dir, packed=True):
     present = [part for part in ('train', 'val') if (root / part).is_dir()]
     if not present or (len(present) < 2 and not incomplete_allowed()):
         raise UserError(f'{root} needs train/ and val/: put {", ".join(ARCHIVES)} (image-net.org) into '
-                        f'{data_dir} and run python data.py unpack imagenet2012, or try --synthetic.')
+                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, or try '
+                        'the script with --synthetic.')
     listed = {part: list_images(root / part) for part in present}
     wnids = listed[present[0]][0]
     if len(wnids) != facts['classes'] and not incomplete_allowed():
@@ -956,7 +957,8 @@ def open_flat_val(root, files, wnids):
             meta = zlib.decompress(meta[136:])
     except (OSError, ValueError, IndexError, zlib.error) as error:
         raise UserError(f'{root}/val has no class folders, and {kit} cannot be read for labels ({error}). '
-                        f'Put {ARCHIVES[2]} beside it, run python data.py unpack imagenet2012.') from error
+                        f'Put {ARCHIVES[2]} into {root}, run python data.py unpack imagenet2012 --data-dir '
+                        f'{root.parent}.') from error
     synsets = [wnid.decode() for wnid in re.findall(rb'n\d{8}', meta.replace(b'\0', b''))]  # 8 or 16 bits
     numbers = [int(os.fsdecode(file)[-13:-5]) for file in files.tolist()]  # ILSVRC2012_val_00000001.JPEG
     if sorted(synsets[:1000]) != wnids or len(truth) != 50000 or (

@@ -868,6 +868,7 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     next(batches)
     for child in multiprocessing.active_children():
         child.kill()
+        child.join()
     with pytest.raises(OSError, match='A loader process died .*--workers'):
         take(batches, 99)
     for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
