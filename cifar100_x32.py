@@ -398,7 +398,7 @@ def main():
         if RANK == 0 and best_net:
             write_checkpoint(best, config=config, net=best_net, it=run.best_it, val_acc=run.best_acc)
 
-    received = []
+    received, exchanges = [], []
 
     def on_signal(number, frame):
         if received and clock() - received[1] > 1:  # torchrun repeats at once what a terminal has sent
@@ -407,8 +407,12 @@ def main():
 
     def check_signals():
         number = torch.tensor(received[0] if received else 0)
-        if WORLD > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX, control)
+        if WORLD > 1:  # all ranks stop in the same update: the next one, so that nobody waits for an answer
+            exchanges.append((number, dist.all_reduce(number, dist.ReduceOp.MAX, control, async_op=True)))
+            if len(exchanges) == 1:
+                return
+            number, exchange = exchanges.pop(0)
+            exchange.wait()
         if number:
             raise Stopped(number.item())
 

@@ -244,12 +244,15 @@ class EncodedImages:
 
     def read(self, i):
         """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
-        where = self.path / os.fsdecode(self.names[i].item())
+        where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
         try:
             if self.starts is None:
                 return np.fromfile(where, np.uint8), where
             start, end = self.starts[i:i + 2].tolist()
-            return np.fromfile(self.path, np.uint8, end - start, offset=start), where
+            encoded = np.empty(end - start, np.uint8)
+            with open(self.path, 'rb') as file:
+                file.seek(start)
+                return encoded[:file.readinto(encoded)], where
         except OSError as error:
             raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
                 from error
@@ -327,15 +330,15 @@ class JpegBatches(torch.utils.data.Dataset):
         """
         number, first = key
         count = min(PIECE, self.batch - first)
-        images = torch.zeros(count, CROP, CROP, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # channels_last
-        labels = torch.full((count,), IGNORE)
+        black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
         try:
-            for k, (i, crop) in enumerate(self.crops(number, first, count)):
-                images[k] = crop(decode_tensor(*self.images.read(i)))
-                labels[k] = self.images.labels[i].item()
+            piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0), self.images.labels[i].item())
+                     for i, crop in self.crops(number, first, count)]
         except UserError as error:
             return str(error)
-        return images, labels
+        # collated as torch does it, into shared memory at once
+        images, labels = torch.utils.data.default_collate(piece + [black] * (count - len(piece)))
+        return images.permute(0, 3, 1, 2), labels
 
     def stream(self, numbers):
         """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
@@ -359,7 +362,7 @@ class JpegBatches(torch.utils.data.Dataset):
                     raise UserError(piece)
                 batch.append([t.to(self.device, non_blocking=True) for t in piece])
                 if len(batch) == len(pieces):
-                    yield [torch.cat(parts) for parts in zip(*batch, strict=True)]
+                    yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
                     batch = []
         except torch.OutOfMemoryError:  # of the device: a RuntimeError, but not the workers' fault
             raise

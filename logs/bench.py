@@ -6,8 +6,8 @@
     python logs/bench.py imagenet2012         how fast its files are decoded and cropped, on the CPU
 
 Images are generated, so no data set is needed. `ours` is the script itself without any flags but the net's;
-`eager` (on CUDA) is the same with --no-compile. `usual` is NCHW, fp32, a DataLoader with PIL transforms and
-loss.item() in each step. They run in turns and the medians count, since machines have slow minutes.
+on CUDA, `graphs` is the same with CUDA graphs and `eager` with --no-compile. `usual` is NCHW, fp32, a
+DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since machines have slow minutes.
 
 iter/min, img/s   training alone: no evaluation, no checkpoints, not the first tenth of the updates
 wait %            of that time, until a batch was there
@@ -44,7 +44,7 @@ from resnet import STAGES, ResNet, multiply_adds  # noqa: E402
 SETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  # pixels -> data set, script
 CUDA = torch.cuda.is_available()
 NETS = ['20x1', '20x4', '56x1', '18x1', '18x1@64', '50x1@224'] if CUDA else ['20x1', '18x1:64', '50x1@224:16']
-STYLES = ['ours', 'eager', 'usual'] if CUDA else ['ours', 'usual']
+STYLES = ['ours', 'graphs', 'eager', 'usual'] if CUDA else ['ours', 'usual']
 
 
 def net(text):
@@ -109,6 +109,9 @@ def child(style, *arguments):
     if style == 'usual':
         usual(*map(int, arguments))
     else:
+        if style == 'graphs':
+            import torch._inductor.config as inductor
+            inductor.triton.cudagraphs = True  # as torch.compile(mode='reduce-overhead') does
         sys.argv = list(arguments)
         runpy.run_path(arguments[0], run_name='__main__')
     if CUDA:
