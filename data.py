@@ -332,8 +332,8 @@ class JpegBatches(torch.utils.data.Dataset):
         count = min(PIECE, self.batch - first)
         black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
         try:
-            piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0), self.images.labels[i].item())
-                     for i, crop in self.crops(number, first, count)]
+            piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0),
+                      self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
         except UserError as error:
             return str(error)
         # collated as torch does it, into shared memory at once
@@ -929,8 +929,8 @@ def open_imagenet(data_dir, packed=True):
     present = [part for part in ('train', 'val') if (root / part).is_dir()]
     if not present or (len(present) < 2 and not incomplete_allowed()):
         raise UserError(f'{root} needs train/ and val/: put {", ".join(ARCHIVES)} (image-net.org) into '
-                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, or try '
-                        'the script with --synthetic.')
+                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
+                        'or try the script with --synthetic.')
     listed = {part: list_images(root / part) for part in present}
     wnids = listed[present[0]][0]
     if len(wnids) != facts['classes'] and not incomplete_allowed():

@@ -175,7 +175,7 @@ def test_torchvision_weights_both_ways(depth, width, name):
         expected = theirs.eval()((images / 255 - mean) / std)
         error = (ours.eval()(images) - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, error
-        get_model(name).load_state_dict(ours.state_dict(), strict=True)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
 def test_initial_values():
@@ -1476,10 +1476,15 @@ def test_a_run_is_resumed_by_one_process_at_a_time(small, reference_run, tmp_pat
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_two_ranks_one_rank_and_two_again(small, tmp_path, capsys):
+def test_two_ranks_one_rank_and_two_again(small, tmp_path, mine):
     """A run on two ranks of which one is killed and restarted, then on one rank in two passes, then on two
-    again, gives what one rank gives in two passes."""
-    flags = [*SHORT, '--data-dir', small, '--log-dir']
+    again, gives what one rank gives in two passes; the ranks evaluate with the same running statistics."""
+    script = mine(('    net.eval()\n', """    net.eval()
+    if WORLD > 1:
+        dist.all_reduce(highest := net.bn1.running_mean.clone(), dist.ReduceOp.MAX)
+        assert torch.equal(highest, net.bn1.running_mean)
+"""))
+    flags = [script, *SHORT[1:], '--data-dir', small, '--log-dir']
     two = [*LAUNCH, '--nproc_per_node=2', '--max-restarts=1', *flags, tmp_path / 'two', '--resume']
     process, text = start(two, stderr=subprocess.STDOUT), ''
     for line in process.stdout:
@@ -1500,11 +1505,6 @@ def test_two_ranks_one_rank_and_two_again(small, tmp_path, capsys):
     two, one = (only(tmp_path / name, '*.log').read_text() for name in ('two', 'one'))
     assert re.findall(r'resumed at update \d+ on (\d) x', two) == ['2', '1', '2']
     assert result(two)['world'] == '2' and len(rows(two)) == 12
-    capsys.readouterr()
-    main(*SHORT, '--data-dir', small, '--eval', only(tmp_path / 'two', '*.best.pt'))
-    for name, accuracy, nll in re.findall(r'^(\w+) +acc (\S+) +nll (\S+)', capsys.readouterr().out, re.M):
-        assert accuracy == result(two)[f'{name}_acc']  # the mean running statistics are evaluated, and saved
-        assert float(nll) == pytest.approx(float(result(two)[f'{name}_nll']), abs=2e-4)
     for a, b in zip(rows(two), rows(one), strict=True):  # training loss and accuracy
         assert float(a[2]) == pytest.approx(float(b[2]), abs=2e-4 if int(a[0]) < 6 else 2e-2), (two, one)
         assert float(a[3]) == pytest.approx(float(b[3]), abs=0 if int(a[0]) < 6 else 0.04), (two, one)

@@ -7,7 +7,8 @@
 
 Images are generated, so no data set is needed. `ours` is the script itself without any flags but the net's;
 on CUDA, `graphs` is the same with CUDA graphs and `eager` with --no-compile. `usual` is NCHW, fp32, a
-DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since machines have slow minutes.
+DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since
+machines have slow minutes.
 
 iter/min, img/s   training alone: no evaluation, no checkpoints, not the first tenth of the updates
 wait %            of that time, until a batch was there
