@@ -35,7 +35,6 @@ import sys
 import tarfile
 import threading
 import time
-import urllib.error
 import warnings
 import zipfile
 import zlib
@@ -45,7 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 IMAGENET_PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -96,7 +95,7 @@ def augmentation_plan(seed, epoch, n):
 
 
 def augment(images, draws):
-    """Zero-pads by 4, crops at random to the old size and flips half of the images.
+    """Zero-pads by 4, crops to the old size and flips, each image as its draw says.
 
     Args:
         images: uint8, N x S x S x 3. draws: int64, N, below 162 = 9 rows x 9 columns x 2 flips.
@@ -110,6 +109,11 @@ def augment(images, draws):
     crops = windows[torch.arange(n, device=images.device), shift // SHIFTS, shift % SHIFTS]
     flipped = (draws % 2 == 1).view(n, 1, 1, 1)
     return torch.where(flipped, crops.flip(3), crops).contiguous(memory_format=torch.channels_last)
+
+
+def to(tensor, device):
+    """Waits for the copy, except on CUDA: MPS might read memory that is used again (pytorch issue 139550)."""
+    return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
 def forget(tensor):
@@ -142,19 +146,21 @@ class TrainBatches:
         if self.images.device.type != self.device.type:
             chunks = ahead(chunks)
         for chunk in chunks:
-            images, labels, draws = (t.to(self.device, non_blocking=True) for t in chunk)
+            images, labels, draws = (to(t, self.device) for t in chunk)
             local = self.batch // self.world
             yield from zip(augment(images, draws).split(local), labels.split(local), strict=True)
 
     def _chunks(self, start):
         """Images, labels and draws of several batches at once: fewer and larger operations."""
         local = self.batch // self.world
+        # up to 16 batches, or 16 MiB
         steps_at_once = max(1, min(16, 2 ** 24 // (local * self.images[0].numel())))
         epoch, step = divmod(start, self.per_epoch)
         while True:
             plan = torch.stack(augmentation_plan(self.seed, epoch, len(self)))
             plan = plan[:, :self.per_epoch * self.batch].view(2, self.per_epoch, self.world, local)
-            plan = plan[:, :, self.rank].to(self.images.device, non_blocking=True)
+            plan = plan[:, :, self.rank].contiguous()
+            plan = to(plan.pin_memory() if self.images.is_cuda else plan, self.images.device)
             for first in range(step, self.per_epoch, steps_at_once):
                 order, draws = plan[:, first:first + steps_at_once].flatten(1)
                 yield self.images.index_select(0, order), self.labels.index_select(0, order), draws
@@ -180,7 +186,8 @@ def ahead(chunks):
         except BaseException as error:  # handed over to the thread that takes the batches
             put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -189,6 +196,7 @@ def ahead(chunks):
             yield item
     finally:
         closed.set()
+        thread.join()
 
 
 class EvalBatches:
@@ -199,7 +207,7 @@ class EvalBatches:
     TrainBatches, but batch is that of one rank.
     """
 
-    absent = None  # bool, one per class: those that the set has no images of, when it is made of a few only
+    absent = None  # bool, one per class, on the CPU: those without images, if the set is made of a few only
 
     def __init__(self, images, labels, batch, device, rank=0, world=1):
         self.images, self.labels, self.batch, self.device = images, labels, batch, torch.device(device)
@@ -212,7 +220,7 @@ class EvalBatches:
         """Yields uint8 images N x 3 x S x S (channels_last) and int64 labels N."""
         for first in range(self.rank, len(self) + self.rank, self.batch * self.world):
             mine = slice(first, first + self.batch * self.world, self.world)
-            images, labels = (t[mine].to(self.device, non_blocking=True) for t in (self.images, self.labels))
+            images, labels = (to(t[mine], self.device) for t in (self.images, self.labels))
             if missing := self.batch - len(labels):
                 images = F.pad(images, (0,) * 7 + (missing,))
                 labels = F.pad(labels, (0, missing), value=IGNORE)
@@ -348,28 +356,30 @@ class JpegBatches(torch.utils.data.Dataset):
 
     def _stream(self, numbers):
         pieces = range(0, self.batch, PIECE)
-        ahead = {'prefetch_factor': 2 + 2 * len(pieces) // self.workers} if self.workers else {}
+        prefetch = {'prefetch_factor': 2 + 2 * len(pieces) // self.workers} if self.workers else {}
         loader = iter(torch.utils.data.DataLoader(
             self, batch_size=None, sampler=((number, first) for number in numbers for first in pieces),
             num_workers=self.workers, worker_init_fn=start_worker, pin_memory=self.device.type == 'cuda',
-            **ahead))
+            **prefetch))
         if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         batch = []
         try:
-            while piece := next(loader, None):
+            while True:
+                try:
+                    piece = next(loader, None)
+                except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                    reason = (str(error).splitlines() or ['no answer'])[0]
+                    raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a '
+                                  'smaller --workers helps; go on with --resume.') from error
+                if piece is None:
+                    return
                 if isinstance(piece, str):
                     raise UserError(piece)
-                batch.append([t.to(self.device, non_blocking=True) for t in piece])
+                batch.append([to(t, self.device) for t in piece])
                 if len(batch) == len(pieces):
                     yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
                     batch = []
-        except torch.OutOfMemoryError:  # of the device: a RuntimeError, but not the workers' fault
-            raise
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            reason = (str(error).splitlines() or ['no answer'])[0]
-            raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a smaller '
-                          '--workers helps; go on with --resume.') from error
         finally:
             del loader  # ends its processes even if a traceback keeps this frame
 
@@ -388,7 +398,7 @@ def keep_freed_memory():
 
 
 class JpegTrainBatches(JpegBatches):
-    """Training batches as TrainBatches has them, of encoded images; `batch` is the global one."""
+    """Training batches as TrainBatches has them, of encoded images; the argument batch is the global one."""
 
     def __init__(self, images, batch, seed, device, workers=0, rank=0, world=1):
         super().__init__(images, batch // world, device, workers, rank, world)
@@ -399,6 +409,7 @@ class JpegTrainBatches(JpegBatches):
         epoch, step = divmod(number, self.per_epoch)
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        # step + 1, because numpy seeds (seed, epoch, 0) as (seed, epoch), which the order has
         rng, batch = np.random.default_rng((self.seed, epoch, step + 1)), self.batch * self.world
         draws, flips = rng.random((batch, 10, 4)), rng.random(batch) < 0.5
         first += self.rank * self.batch
@@ -417,10 +428,10 @@ class JpegEvalBatches(JpegBatches):
     restrict: the set has images of a few classes only, and the logits of the others do not count.
     """
 
-    def __init__(self, images, batch, device, workers=0, rank=0, world=1, classes=1000, restrict=False):
+    def __init__(self, images, batch, device, workers, rank=0, world=1, restrict=False):
         super().__init__(images, batch, device, workers, rank, world)
-        self.absent = torch.from_numpy(np.bincount(images.labels, minlength=classes) == 0).to(device) \
-            if restrict else None
+        counts = np.bincount(images.labels, minlength=SETS['imagenet2012']['classes'])
+        self.absent = torch.from_numpy(counts == 0) if restrict else None
 
     def crops(self, number, first, count):
         """Yields (image, function that crops it) for positions of this rank's batch of that number."""
@@ -441,7 +452,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
 
     Args:
         name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
-        eval_batch: images in one rank's evaluation batch. synthetic: generated images, nothing on disk.
+        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
+        batches are wanted. rank, world: of the processes that train. synthetic: generated images.
         workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
     Returns:
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
@@ -472,15 +484,16 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     facts, n = SETS[name], len(train[0])
     if facts['test']:
         n = n * facts['train'] // (facts['train'] + facts['val'])
-        held_out = {'val': [part(t, slice(n, None)) for t in train], 'tst': test}
+        held_out = {'val': [rows_of(t, slice(n, None)) for t in train], 'tst': test}
     else:
         held_out = {'val': test}
     evals = {key: EvalBatches(*arrays, eval_batch, device, rank, world) for key, arrays in held_out.items()}
-    train = [part(t, slice(n)) for t in train]
+    train = [rows_of(t, slice(n)) for t in train]
     return TrainBatches(*train, batch, seed, device, rank, world), evals, about
 
 
-def part(tensor, rows):
+def rows_of(tensor, rows):
+    """tensor[rows], which still knows the mapping of its file, for `forget`."""
     piece = tensor[rows]
     piece.mapping = getattr(tensor, 'mapping', None)
     return piece
@@ -489,7 +502,8 @@ def part(tensor, rows):
 def synthetic_arrays(name, batch):
     """Learnable images of a set's size and classes: coarse coloured patterns, one a class, under noise.
 
-    Returns: (images, labels) to train on and (images, labels) to test on, as in prepared files.
+    batch: the training part has at least 5/4 of it. Returns: (images, labels) to train on and (images,
+    labels) to test on, as in prepared files.
     """
     facts, rng = SETS[name], np.random.default_rng(0)
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
@@ -512,7 +526,8 @@ def read_arrays(name, folder, remedy=None):
     Raises:
         UserError: names the file that is missing, damaged, or of a wrong shape, type, length or range.
     """
-    facts, remedy = SETS[name], remedy or f'Delete {folder} and run the command again to have it made anew.'
+    anew = f'Delete {folder} and run the command again to have it made anew.'
+    facts, remedy = SETS[name], remedy or (anew if name in SOURCES else f'Correct it, or SETS[{name!r}].')
     expected = {'train': facts['train'] + (facts['val'] if facts['test'] else 0),
                 'test': facts['test'] or facts['val']}
     parts = []
@@ -586,11 +601,11 @@ def prepare(name, data_dir):
         return
     final = data_dir / name
     if not all((final / file).exists() for file in FILES):
-        if final.exists():
-            missing = ', '.join(file for file in FILES if not (final / file).exists())
-            raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
+        missing = ', '.join(file for file in FILES if not (final / file).exists())
         if name not in SOURCES:  # a set of your own
-            raise UserError(f'{name} is not in {data_dir}: make the folder {final} with {", ".join(FILES)}.')
+            raise UserError(f'{name} is not in {data_dir}: the folder {final} needs {missing}.')
+        if final.exists():
+            raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
         try:
             with new_folder(final) as folder:
                 SOURCES[name][0](name, data_dir, folder)
@@ -641,7 +656,7 @@ def prepare_cifar(name, data_dir, folder):
                if (source / file).exists() and not check_integrity(str(source / file), md5)]
     try:
         train, test = cifar(data_dir, train=True, download=True), cifar(data_dir, train=False)
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+    except (OSError, RuntimeError) as error:
         problem = f'{damaged[0]} is damaged (its MD5 differs)' if damaged else f'{name} is not in {data_dir}'
         raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
                         f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
@@ -662,13 +677,16 @@ def decode(data, path, box=None):
             if image.mode.startswith('I'):  # 16 bits: convert() would clip them
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             image = image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
     return np.asarray(image.resize((box, box), Image.BOX) if box else image)
 
 
-def decode_all(read, count, file, size, box=False):
-    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path)."""
+def decode_all(read, count, file, size, resize=False):
+    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
+
+    resize: to that size, by pillow's box filter; or else images of another size are an error.
+    """
     shape = count, size, size, 3
     progress = Progress(file.stem.replace('_', ' '), count)
 
@@ -676,7 +694,7 @@ def decode_all(read, count, file, size, box=False):
         images = []
         for i in range(start, min(start + 64, count)):
             encoded, path = read(i)
-            images.append(decode(encoded, path, size if box else None))
+            images.append(decode(encoded, path, size if resize else None))
             if images[-1].shape != shape[1:]:
                 raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
         return np.stack(images)
@@ -718,7 +736,7 @@ def prepare_tiny_imagenet(name, data_dir, folder):
         return read(file).decode().splitlines()
 
     wnids = sorted(lines('wnids.txt'))
-    train = sorted((f.split('/')[1], f) for f in files if f.startswith('train/') and f.endswith('.JPEG'))
+    train = [(f, f.split('/')[1]) for f in sorted(files) if f.startswith('train/') and f.endswith('.JPEG')]
     test = sorted((f'val/images/{row[0]}', row[1])
                   for row in (line.split('\t') for line in lines('val/val_annotations.txt')) if len(row) > 1)
     wanted = [f'train/{w}/images/{w}_{i}.JPEG' for w in wnids for i in range(500)]
@@ -728,15 +746,15 @@ def prepare_tiny_imagenet(name, data_dir, folder):
         raise UserError(missing.format(f'{absent[0]} (with {len(absent) - 1} others)'))
     test = [(file, wnid) for file, wnid in test if file in files]
     label = {wnid: i for i, wnid in enumerate(wnids)}
-    unknown = ({wnid for wnid, _ in train} | {wnid for _, wnid in test}) - set(label)
+    unknown = {wnid for _, wnid in train + test} - set(label)
     if unknown or not train or not test:
         reason = f'{min(unknown)} is not in wnids.txt' if unknown else 'train/ or val/ has no images'
         raise UserError(f'{root} is not TinyImageNet: {reason}.')
     train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
-    decode_all(lambda i: (read(train[i][1]), train[i][1]), len(train), folder / FILES[0], 64)
-    decode_all(lambda i: (read(test[i][0]), test[i][0]), len(test), folder / FILES[2], 64)
-    np.save(folder / FILES[1], np.array([label[wnid] for wnid, _ in train], np.int64))
-    np.save(folder / FILES[3], np.array([label[wnid] for _, wnid in test], np.int64))
+    for which, pairs in (('train', train), ('test', test)):
+        decode_all(lambda i, pairs=pairs: (read(pairs[i][0]), pairs[i][0]), len(pairs),
+                   folder / f'{which}_images.npy', 64)
+        np.save(folder / f'{which}_labels.npy', np.array([label[wnid] for _, wnid in pairs], np.int64))
     words = dict(line.split('\t', 1) for line in lines('words.txt') if '\t' in line)
     describe(folder, 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order',
              [f'{wnid} {words.get(wnid, "")}'.strip() for wnid in wnids])
@@ -754,7 +772,7 @@ def tiny_imagenet_source(data_dir):
         part = f'{archive.name}.part{os.getpid()}'
         try:
             download_url(url, str(data_dir), part, '90528d7ca1a48142e341f4ef8d21d0de')
-        except (OSError, RuntimeError, urllib.error.URLError) as error:
+        except (OSError, RuntimeError) as error:
             (data_dir / part).unlink(missing_ok=True)
             raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}): put '
                             f'{url} there, or try the script with --synthetic.') from error
@@ -807,7 +825,7 @@ class ArrayUnpickler(pickle._Unpickler):
 def prepare_imagenet1k(name, data_dir, folder):
     """Downsampled ImageNet, from the official batches or else from imagenet2012/ by pillow's box filter."""
     size = SETS[name]['size']
-    sources = {}  # name of a batch -> function that opens it
+    sources = {}  # name of a batch -> its path, on disk or in a zip
     for source in (f'Imagenet{size}_{part}' for part in ('train', 'train_part1', 'train_part2', 'val')):
         if (data_dir / source).is_dir():
             for file in sorted((data_dir / source).rglob('*')):
@@ -815,7 +833,7 @@ def prepare_imagenet1k(name, data_dir, folder):
         elif (data_dir / f'{source}.zip').exists():
             zipped = open_zip(data_dir / f'{source}.zip')
             for member in zipped.namelist():
-                sources.setdefault(member.rsplit('/', 1)[-1], (zipped, member))
+                sources.setdefault(member.rsplit('/', 1)[-1], zipfile.Path(zipped, member))
     wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
     missing = [batch for batches in wanted.values() for batch in batches if batch not in sources]
     if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
@@ -843,11 +861,10 @@ def prepare_imagenet1k(name, data_dir, folder):
     describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
 
 
-def read_batch(source, size):
+def read_batch(path, size):
     """One official batch: uint8 N x 3 x size x size, int64 N from 0. UserError if it is not one."""
-    path = source if isinstance(source, Path) else f'{source[0].filename}:{source[1]}'
     try:
-        with source.open('rb') if isinstance(source, Path) else source[0].open(source[1]) as file:
+        with path.open('rb') as file:
             batch = ArrayUnpickler(file, encoding='latin1').load()
         images, labels = np.asarray(batch['data']), np.asarray(batch['labels'])
         if (images.dtype, images.shape, labels.dtype.kind) != (np.uint8, (len(labels), 3 * size ** 2), 'i'):
@@ -862,7 +879,7 @@ def read_batch(source, size):
 def prepare_from_imagenet(data_dir, folder, size):
     parts, wnids, _ = open_imagenet(data_dir, packed=False)
     for which, images in (('train', parts['train']), ('test', parts['val'])):
-        decode_all(images.read, len(images), folder / f'{which}_images.npy', size, box=True)
+        decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
         np.save(folder / f'{which}_labels.npy', images.labels)
     describe(folder, f'imagenet2012 resized to {size} px, box filter, classes are the sorted wnids', wnids)
 
@@ -870,7 +887,8 @@ def prepare_from_imagenet(data_dir, folder, size):
 # ---- imagenet2012: files, archives, pack ----
 
 def list_images(folder):
-    """([class folders], bytes array of the image files in them as class/file, int64 array: their classes).
+    """([class folders], bytes array of the image files in them as class/file, int64 array: each file's
+    class folder, counted from 0).
 
     A folder without class folders gives [], its own files and zeros. Class folders are wnids (n01440764) or
     integers. The list is kept in <folder>-index.npz, for as long as no class folder changes.
@@ -899,11 +917,10 @@ def list_images(folder):
     return classes, names, np.repeat(np.arange(len(counts)), counts)
 
 
-def open_folder(folder, listed, wnids, classes, images):
+def open_folder(folder, listed, wnids, class_count, image_count):
     """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
 
-    listed: what list_images(folder) gave. Raises UserError unless there are that many classes and images, or
-    for an unknown class.
+    listed: what list_images(folder) gave. Raises UserError for an unknown class or another count.
     """
     names, files, which = listed
     place = {wnid: i for i, wnid in enumerate(wnids)}
@@ -911,9 +928,10 @@ def open_folder(folder, listed, wnids, classes, images):
     unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
     if unknown:
         raise UserError(f'{folder}/{unknown[0]} is not one of the {len(wnids)} classes of ImageNet.')
-    if (len(names), len(files)) != (classes, images) and not incomplete_allowed():
-        raise UserError(f'{folder} holds {len(files)} of {images} images, in {len(names)} of {classes} class '
-                        f'folders. Unpack its archive again, or accept a part with {INCOMPLETE}=1.')
+    if (len(names), len(files)) != (class_count, image_count) and not incomplete_allowed():
+        raise UserError(f'{folder} holds {len(files)} of {image_count} images, in {len(names)} of '
+                        f'{class_count} class folders. Unpack its archive again, or accept a part with '
+                        f'{INCOMPLETE}=1.')
     return EncodedImages(folder, files, np.array(labels, np.int64)[which])
 
 
@@ -963,9 +981,11 @@ def open_flat_val(root, files, wnids):
                         f'Put {ARCHIVES[2]} into {root}, run python data.py unpack imagenet2012 --data-dir '
                         f'{root.parent}.') from error
     synsets = [wnid.decode() for wnid in re.findall(rb'n\d{8}', meta.replace(b'\0', b''))]  # 8 or 16 bits
-    numbers = [int(os.fsdecode(file)[-13:-5]) for file in files.tolist()]  # ILSVRC2012_val_00000001.JPEG
+    names = [os.fsdecode(file) for file in files.tolist()]
+    numbers = [int(name[-13:-5]) for name in names if re.search(r'ILSVRC2012_val_000[0-5]\d{4}\.JPEG$', name)]
     if sorted(synsets[:1000]) != wnids or len(truth) != 50000 or (
-            numbers != list(range(1, 50001)) and not incomplete_allowed()):
+            numbers != list(range(1, 50001)) if not incomplete_allowed() else
+            len(numbers) < len(names) or not all(1 <= n <= 50000 for n in numbers)):
         raise UserError(f'{root}/val and {kit} do not fit together: {len(files)} images, {len(truth)} '
                         f'labels, {len(set(synsets))} classes. Unpack their archives again.')
     place = {wnid: i for i, wnid in enumerate(wnids)}
@@ -978,9 +998,8 @@ def unpack_imagenet(data_dir):
     found = {name: path for name in ARCHIVES for path in (root / name, data_dir / name) if path.exists()}
     if not found:
         raise UserError(f'None of {", ".join(ARCHIVES)} is in {data_dir}: fetch them from https://image-net.org')
-    (root / 'train').mkdir(parents=True, exist_ok=True)
     for name, archive in found.items():
-        print(f'{archive}')
+        print(archive)
         try:
             with tarfile.open(archive) as tar:
                 if name == ARCHIVES[0]:
@@ -1025,11 +1044,13 @@ def pack_imagenet(data_dir, short_side=None):
 
     def encode(images, i, side):
         encoded, path = images.read(i)
-        if side is None or min(size := Image.open(io.BytesIO(encoded)).size) <= side:
+        if side is None:
             return encoded.tobytes()
-        size = [side * length // min(size) for length in size]
-        buffer = io.BytesIO()
-        Image.fromarray(decode(encoded, path)).resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
+        image, buffer = Image.fromarray(decode(encoded, path)), io.BytesIO()
+        if min(image.size) <= side:
+            return encoded.tobytes()
+        size = [side * length // min(image.size) for length in image.size]
+        image.resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
         return buffer.getvalue()
 
     try:

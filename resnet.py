@@ -1,10 +1,12 @@
 """Residual networks (He et al. 2016, https://arxiv.org/abs/1512.03385) for images of 32, 64 and 224 pixels.
 
-    depth 20 32 44 56 110      three stages of 16, 32, 64 channels, basic blocks (section 4.2 of the paper)
+    depth 20 32 44 56 110      three stages of 16, 32, 64 channels, basic blocks (section 4.2 of the paper,
+                               but with projections where the shape changes: option B, not A)
     depth 18 34                four stages of 64, 128, 256, 512 channels, basic blocks (section 4.1)
     depth 50 101 152           the same four stages, bottleneck blocks, stride in the 3x3
 
-`width` multiplies the channels of basic blocks, and of the 3x3 in bottlenecks (50x2 is wide_resnet50_2).
+`width` multiplies the channels of basic blocks, and of the 3x3 in bottlenecks (50x2 is wide_resnet50_2); the
+stem keeps its 16 or 64.
 Names are torchvision's: at 224 px a state_dict loads into torchvision.models.resnet50(), and back.
 
     python resnet.py           prints parameters and multiply-adds of the usual depths and widths
@@ -27,7 +29,7 @@ def conv(channels_in, channels_out, kernel, stride=1):
 
 
 class Block(nn.Module):
-    """Basic: 3x3, 3x3. Bottleneck: 1x1, 3x3 of `inner` channels, 1x1. `out` channels leave it."""
+    """Basic: 3x3, 3x3. Bottleneck: 1x1, 3x3 of `inner` channels, 1x1. `out` channels leave both."""
 
     def __init__(self, channels, inner, out, stride, bottleneck):
         super().__init__()
@@ -40,7 +42,7 @@ class Block(nn.Module):
             self.conv1, self.bn1 = conv(channels, out, 3, stride), nn.BatchNorm2d(out)
             self.conv2, self.bn2 = conv(out, out, 3), nn.BatchNorm2d(out)
         self.downsample = None
-        if stride != 1 or channels != out:  # option B of the paper: project where the shape changes
+        if stride != 1 or channels != out:
             self.downsample = nn.Sequential(conv(channels, out, 1, stride), nn.BatchNorm2d(out))
 
     def forward(self, x):
@@ -112,6 +114,8 @@ class ResNet(nn.Module):
     def features(self, images):
         """uint8 images, N x 3 x H x W -> float32 pooled features, N x channels."""
         x = torch.addcmul(self.shift, images.float(), self.scale)
+        if x.device.type == 'mps':  # its batch norm is wrong for channels_last (pytorch issue 175189)
+            x = x.contiguous()
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for stage in self.stages:
             x = getattr(self, stage)(x)
@@ -125,6 +129,7 @@ class ResNet(nn.Module):
 
 
 def parameters(net):
+    """Number of trained values; batch norm's running statistics are not among them."""
     return sum(p.numel() for p in net.parameters())
 
 

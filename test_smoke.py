@@ -50,7 +50,7 @@ MARK = '# ==== identical in all seven scripts below this line (test_smoke.py) ==
 
 # ---- helpers ----
 
-def run(*command, ok=0, timeout=120, **env):
+def run(*command, ok=0, timeout=600, **env):
     """Runs `python command...` in the repository and returns its output, both streams together."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env={**os.environ, **env},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
@@ -1058,6 +1058,8 @@ def test_learning_curves(tmp_path, monkeypatch):
 def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
     monkeypatch.syspath_prepend(HERE / 'logs')
     import bench
+    monkeypatch.setattr(bench, 'CUDA', False)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     assert [bench.net(text) for text in ('18x1', '20x4:64', '50x1@224:16')] == [
         (18, 1, 32, 256), (20, 4, 32, 64), (50, 1, 224, 16)]
     monkeypatch.setattr(sys, 'argv', ['bench.py', '20x1:64', '--ours', '--turns', '1', '--updates', '2'])
@@ -1431,7 +1433,8 @@ def test_a_signal_in_the_preparation(tmp_path, number, ranks):
     (tmp_path / 'Imagenet32_train').mkdir()
     os.mkfifo(tmp_path / 'Imagenet32_train' / 'train_data_batch_1')
     launch = [*LAUNCH, f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    process = start([*launch, 'imagenet1k_x32.py', '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs'])
+    process = start([*launch, 'imagenet1k_x32.py', '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs',
+                     '--device', 'cpu'])
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('*.part*')):
         assert time.monotonic() < deadline
@@ -1541,7 +1544,7 @@ def test_fp16_skips_overflows_and_keeps_its_scale(small, tmp_path, mine):
     checkpoint = torch.load(only(tmp_path, '*.last.pt'), weights_only=True)
     assert 0 < skipped < 10 and checkpoint['scaler']['scale'] == 2.0 ** (22 - skipped)
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
-    assert only(tmp_path, '*.log').parts[-4] == 'mine_for_test'  # a copied script has a folder of its own
+    assert only(tmp_path, '*.log').parts[-4] == 'mine_for_test-incomplete'  # not the original's folder
 
 
 def test_fp16_whose_scale_collapses_ends_the_run(small, tmp_path, mine):
@@ -1621,11 +1624,11 @@ def test_missing_and_damaged_cifar(tmp_path, file, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_no_update_waits_for_the_gpu(tmp_path, mine):
-    first, last = '            for group in optimizer.param_groups:\n', '            run.it += 1\n'
+    first, last = '            optimizer.param_groups', '            run.it += 1\n'
     strict = "            torch.cuda.set_sync_debug_mode('error' if run.it > 2 else 0)\n"
     script = mine((first, strict + first), (last, last + '            torch.cuda.set_sync_debug_mode(0)\n'))
-    for precision in ('fp16', 'fp32'):
-        run(script, '--synthetic', '--iters', 20, '--precision', precision, '--log-dir', tmp_path)
+    for flags in (['--precision', 'fp16'], ['--precision', 'fp32', '--no-compile'], ['--accum', 2]):
+        run(script, '--synthetic', '--iters', 20, *flags, '--log-dir', tmp_path)
 
 
 # ---- damaged files ----
@@ -1790,7 +1793,7 @@ def test_readme_copy_for_your_own_data(tmp_path, monkeypatch):
     finally:
         copy.unlink()
     monkeypatch.setitem(data.SETS, 'Tulips', {})
-    with pytest.raises(data.UserError, match='make the folder .*Tulips with train_images.npy'):
+    with pytest.raises(data.UserError, match='Tulips needs train_images.npy'):
         data.prepare('Tulips', tmp_path)
 
 

@@ -43,12 +43,12 @@ WIDTH = 1             # multiplies the channels
 SEED = 42             # of initial weights, order and augmentation
 BATCH = 256           # images per update, over all devices
 ITERS = 48_000        # updates: 150 epochs
-LR = 0.1              # the highest learning rate; it and ITERS follow a --batch given alone
+LR = 0.1              # the highest learning rate; it grows with --batch, as ITERS shrinks
 MOMENTUM = 0.9        # plain SGD: no Nesterov, no dampening
 WEIGHT_DECAY = 1e-3   # of every parameter, batch norm and biases too
 WARMUP = 0.1          # of ITERS, linear from 0; a cosine to 0 follows
-EVAL_EVERY = 1000     # updates between evaluations and checkpoints; a run under 10 000 has ten of them
-PRECISION = 'fp16'    # on CUDA; elsewhere bf16 if the processor has it, or else fp32
+EVAL_EVERY = 1000     # updates between evaluations and checkpoints; shorter runs have about ten of them
+PRECISION = 'fp16'    # on CUDA; bf16 on a CPU that computes in it (AVX512-BF16, AMX), or else fp32
 # ==== identical in all seven scripts below this line (test_smoke.py) ====
 
 SCRIPT = Path(__file__).resolve()
@@ -61,7 +61,7 @@ class Stopped(Exception):
     """SIGTERM or SIGINT came to one of the ranks, and all of them know. The argument is its number."""
 
 
-def lr_at(it, iters=ITERS, peak=LR):
+def lr_at(it, iters, peak):
     """Learning rate of update `it`, counted from 0: linear from 0 over the warm-up, then a cosine to 0."""
     warmup = WARMUP * iters
     if it < warmup:
@@ -90,28 +90,40 @@ def parse_args():
     add('--width', type=int, default=WIDTH, help='multiplies the channels (default: %(default)s)')
     add('--seed', type=int, default=SEED, help='of weights, order, augmentation (default: %(default)s)')
     add('--batch', type=int, default=BATCH, help='images per update, over all devices (default: %(default)s)')
-    add('--iters', type=int, help=f'updates (default: {ITERS} at batch {BATCH}, fewer at larger ones)')
+    add('--iters', type=int, help=f'updates (default: {ITERS} at batch {BATCH}, half of it at twice that)')
     add('--lr', type=float, help=f'highest learning rate (default: {LR} at batch {BATCH}, in proportion)')
     add('--wd', type=float, default=WEIGHT_DECAY, help='weight decay (default: %(default)s)')
     add('--precision', choices=['fp16', 'bf16', 'fp32'],
-        help=f'default: {PRECISION} on CUDA; elsewhere bf16 if the processor has it, or else fp32')
-    add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA only)')
+        help=f'default: {PRECISION} on CUDA, bf16 on a CPU with AVX512-BF16 or AMX, else fp32')
+    add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA)')
     add('--accum', type=int, default=1, help='passes that make up a batch, to save memory (default: 1)')
     add('--device', choices=['cuda', 'mps', 'cpu'], help='default: the first of these that there is')
     add('--workers', type=int, help='loader processes per rank, where images are files (default: by cores)')
     add('--data-dir', type=Path, default=Path('datasets'), help='data sets (default: %(default)s)')
-    add('--log-dir', type=Path, default=SCRIPT.parent / 'logs', help='logs and checkpoints (default: logs)')
+    add('--log-dir', type=Path, default=SCRIPT.parent / 'logs',
+        help='logs and checkpoints (default: logs, beside this file)')
     add('--synthetic', action='store_true', help='generated images: try it out without a data set')
     add('--resume', action='store_true', help='continue the newest unfinished run of these settings, if any')
     add('--eval', type=Path, metavar='CKPT', help='evaluate the weights in this file, train nothing')
     args = parser.parse_args()
     args.lr = LR * args.batch / BATCH if args.lr is None else args.lr
     args.iters = ITERS * BATCH // max(1, args.batch) if args.iters is None else args.iters
-    if min(args.width, args.batch, args.accum, args.iters) < 1 or min(args.seed, args.lr, args.wd) < 0:
-        raise data.UserError('--width, --batch, --accum and --iters start at 1; --seed, --lr and --wd at 0.')
+    if min(args.width, args.batch, args.accum, args.iters) < 1 or \
+            min(args.seed, args.lr, args.wd, args.workers or 0) < 0:
+        raise data.UserError('--width, --batch, --accum and --iters start at 1; --seed, --lr, --wd and '
+                             '--workers at 0.')
     if args.batch % (WORLD * args.accum):
         raise data.UserError(f'--batch {args.batch} is not divisible by {WORLD} ranks x {args.accum} passes.')
     return args
+
+
+def can_compile():
+    """torch.compile needs Triton on CUDA; Triton a C compiler, Python.h and a GPU that is not too old."""
+    try:
+        from torch.utils._triton import has_triton, triton_backend
+        return has_triton() and triton_backend() is not None
+    except Exception:  # of many kinds, down to those of the C compiler
+        return False
 
 
 def set_up_device(args):
@@ -121,16 +133,17 @@ def set_up_device(args):
     args.device = args.device or ('cuda' if cuda else 'mps' if mps else 'cpu')
     args.precision = args.precision or (
         PRECISION if args.device == 'cuda' else 'bf16' if args.device == 'cpu' and native_bf16 else 'fp32')
-    args.compile = args.device == 'cuda' if args.compile is None else args.compile
     if args.device == 'cuda':
         if LOCAL_RANK >= torch.cuda.device_count():
             found = f'torch {torch.__version__} finds {torch.cuda.device_count()} GPUs'
             raise data.UserError(f'--device cuda: {found} for local rank {LOCAL_RANK}. Try --device cpu.')
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        args.compile = can_compile() if args.compile is None else args.compile
         return torch.device('cuda', LOCAL_RANK), torch.cuda.get_device_name()
     if args.device == 'mps' and not mps:
         raise data.UserError(f'--device mps: torch {torch.__version__} finds none. Use --device cpu.')
+    args.compile = bool(args.compile)
     data.keep_freed_memory()  # or activations would get new pages in every step
     cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     name = re.search(r'model name\s*: (.*)', cpuinfo)
@@ -140,7 +153,8 @@ def set_up_device(args):
 
 def run_folder(args, dataset):
     """logs/<data set>/resnet_<D>x<W>.../<seed>, with what differs from batch 256, lr 0.1 and fp32."""
-    top = dataset if SCRIPT.stem == DATASET.lower() else SCRIPT.stem  # a copied script has its own folder
+    copied = SCRIPT.stem != DATASET.lower()  # such a script has a folder of its own
+    top = SCRIPT.stem + dataset.removeprefix(DATASET) if copied else dataset
     name = f'resnet_{args.depth}x{args.width}'
     name += f'-batch_{args.batch}' if args.batch != 256 else ''
     name += f'-iter_{args.iters // 1000}k' if args.iters % 1000 == 0 else f'-iter_{args.iters}'
@@ -181,7 +195,8 @@ def lock(path):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.register_at_fork(after_in_child=file.close)  # a loader worker that outlives us must not keep it
+        # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
+        os.register_at_fork(after_in_child=file.close)
     except BlockingIOError as error:
         raise data.UserError(f'{path} is being written by another process. End it, or leave out --resume to '
                              'begin a new run.') from error
@@ -190,7 +205,10 @@ def lock(path):
 
 
 def write_checkpoint(path, previous=None, **content):
-    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new."""
+    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new.
+
+    With `previous`, the old file takes that name first.
+    """
     buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
     torch.save(content, buffer)
     try:
@@ -205,8 +223,10 @@ def write_checkpoint(path, previous=None, **content):
 
 
 def read_checkpoint(path, config, *parts):
-    """A checkpoint with these parts, on the CPU. No code in the file is run. UserError if it is damaged, or
-    unless its config agrees with ours."""
+    """A checkpoint with these parts, on the CPU; a bare state_dict counts as the part `net`.
+
+    No code in the file is run. Raises UserError if it is damaged, or made with another config.
+    """
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
             raise ValueError('a CRC differs')
@@ -225,7 +245,10 @@ def read_checkpoint(path, config, *parts):
 
 
 def read_newest(paths, config, *parts):
-    """(checkpoint, path) of the first of these files that is good, (None, None) if none exists."""
+    """(checkpoint, path) of the first of these files that is good, (None, None) if there are no files.
+
+    Raises UserError if there are files, but none is good.
+    """
     errors = []
     for path in filter(Path.exists, paths):
         try:
@@ -248,14 +271,17 @@ def average_running_statistics(net):
 
 @torch.no_grad()
 def evaluate(net, forward, batches, check_signals):
-    """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once."""
+    """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once.
+
+    forward: uint8 images -> logits. check_signals: called before each batch; may raise Stopped.
+    """
     net.eval()
     totals = torch.zeros(3, device=batches.device)
     for images, labels in batches:
         check_signals()
         logits = forward(images)
         if batches.absent is not None:
-            logits = logits.masked_fill(batches.absent, -math.inf)
+            logits = logits.masked_fill(batches.absent.to(logits.device), -math.inf)
         nll = F.cross_entropy(logits, labels, reduction='sum')
         totals += torch.stack([(logits.argmax(1) == labels).sum(), nll, (labels >= 0).sum()])
     if WORLD > 1:
@@ -273,7 +299,7 @@ def main():
     if WORLD > 1:
         dist.init_process_group('nccl' if args.device == 'cuda' else 'gloo')
         control = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=2))
-        warnings.filterwarnings('ignore', '.*broadcast_buffers')  # its new name is younger than torch 2.6
+        warnings.filterwarnings('ignore', '.*broadcast_buffers')  # torch 2.6 does not know its new name
 
     # data: rank 0 prepares the set, then the first rank of any machine that has a disk of its own
     for my_turn in (RANK == 0, LOCAL_RANK == 0):
@@ -284,7 +310,10 @@ def main():
     facts, per_pass = data.SETS[DATASET], args.batch // WORLD // args.accum
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                   RANK, WORLD, args.synthetic, args.workers)
-    kind = '-synthetic' if args.synthetic else '-incomplete' if len(trn) < facts['train'] else ''
+    kind = '-synthetic' if args.synthetic else '-incomplete' if data.incomplete_allowed() else ''
+    for name, batches in evals.items():
+        if not len(batches):
+            raise data.UserError(f'{args.data_dir} has no images of {DATASET} for {name}.')
 
     # network, optimizer and the two forward passes
     torch.manual_seed(args.seed)
@@ -335,7 +364,7 @@ def main():
 
     # a new run, or the newest unfinished one from its last checkpoint on
     run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0,
-                          seconds=0.0, eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # rows: it and these two
+                          seconds=0.0, eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # it and both, of each row
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     best_net = {}  # the weights of the best validation accuracy
     state, log_path, folder, resumed_from = None, None, run_folder(args, config['dataset']), ''
@@ -387,7 +416,6 @@ def main():
         return total.cpu()
 
     def save():
-        average_running_statistics(net)
         total, run.seconds = total_stats(), clock() - started
         if RANK == 0:
             run.log_size = log_path.stat().st_size
@@ -431,12 +459,13 @@ def main():
                 eval_start, updates = clock(), run.it - run.row_it
                 average_running_statistics(net)
                 val_acc, val_nll = evaluate(net, evl_forward, evals['val'], check_signals)
-                diverged = not math.isfinite(loss) and not skipped or not math.isfinite(val_nll)
+                # an update that fp16 skips may have had an infinite loss
+                diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
                 if diverged or scaler.get_scale() < 1:  # below 1 the gradients overflow fp16 by themselves
                     raise FloatingPointError(
                         f'the loss or its gradients were not finite in updates {run.row_it} to {run.it} '
-                        f'(loss scale {scaler.get_scale():g}): try a smaller --lr, or --precision bf16. '
-                        f'The checkpoint of update {run.row_it} is good.')
+                        f'(loss scale {scaler.get_scale():g}): try a smaller --lr, or --precision bf16.'
+                        + f' The checkpoint of update {run.row_it} is good.' * (run.row_it > 0))
                 run.seconds = clock() - started
                 run.eval_seconds += clock() - eval_start
                 run.rows.append((run.it, run.seconds, run.eval_seconds))
@@ -462,8 +491,7 @@ def main():
                 break
             check_signals()
 
-            for group in optimizer.param_groups:
-                group['lr'] = lr_at(run.it, args.iters, args.lr)
+            optimizer.param_groups[0]['lr'] = lr_at(run.it, args.iters, args.lr)
             wait_start = clock()
             images, labels = next(batches)
             waited += clock() - wait_start
@@ -477,7 +505,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            stats[2] += (scaler.scale(one) < scale) / WORLD  # it falls when an update is skipped, only then
+            stats[2] += (scaler.scale(one) < scale) / WORLD  # the scale falls if the update was skipped
             run.it += 1
             if live and clock() - shown > 0.5:
                 shown, (it, seconds, _) = clock(), run.rows[-1]
@@ -487,11 +515,13 @@ def main():
 
         # the only look at the test sets, with the weights of the best validation accuracy
         net.load_state_dict(best_net)
-        results = {name: evaluate(net, evl_forward, images, check_signals)
-                   for name, images in evals.items() if name != 'val'}
+        of_val = run.best_acc, run.best_nll  # of IN, too
+        results = {name: of_val if batches is evals['val'] else
+                   evaluate(net, evl_forward, batches, check_signals) for name, batches in evals.items()}
     except Stopped as stopped:
         log(f'stopped by {signal.Signals(stopped.args[0]).name} at update {run.it}; --resume continues\n')
-        if run.row_it < args.iters:  # during the test the net has the best weights, and last.pt has them all
+        if run.row_it < args.iters:  # later last.pt has all, and the net has the best weights for the test
+            average_running_statistics(net)
             save()
         if WORLD > 1:
             dist.barrier(control)  # or torchrun would end the others before rank 0 has saved
@@ -500,12 +530,12 @@ def main():
     fields = {key: config[key] for key in ('dataset', 'depth', 'width', 'seed', 'params', 'batch', 'iters')}
     fields |= dict(lr=f'{args.lr:g}', wd=f'{args.wd:g}', precision=args.precision, best_iter=run.best_it)
     rows = ''
-    for name, (accuracy, nll) in {'val': (run.best_acc, run.best_nll), **results}.items():
+    for name, (accuracy, nll) in results.items():
         key = name.lower().replace('-', '')  # val, tst; in, inv2
         fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
         rows += f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
-    iter_per_min, iter_per_s = speed(run.rows)
-    fields |= dict(iter_per_min=f'{iter_per_min:.0f}', img_per_s=f'{iter_per_s * args.batch:.0f}',
+    iter_per_min, trn_iter_per_s = speed(run.rows)
+    fields |= dict(iter_per_min=f'{iter_per_min:.0f}', img_per_s=f'{trn_iter_per_s * args.batch:.0f}',
                    hours=f'{run.seconds / 3600:.3f}', world=WORLD, device=f'"{device_name}"',
                    torch=torch.__version__)
     result = ' '.join(f'{key}={value}' for key, value in fields.items())
@@ -518,7 +548,7 @@ def in_plain_words(error):
     if isinstance(error, (data.UserError, FloatingPointError, OSError)):
         return text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text})'
+        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text or "MemoryError"})'
     if WORLD > 1 and re.search('Connection (closed|reset) by peer', text):
         return 'another rank ended, so this one ends too; what was saved is good.'
     return ''
@@ -531,10 +561,10 @@ if __name__ == '__main__':
         if WORLD > 1:
             dist.destroy_process_group()
     except Exception as error:
-        if not in_plain_words(error):
+        if not (message := in_plain_words(error)):
             raise
         time.sleep(1 if RANK else 0)  # torchrun ends all ranks with the first: rank 0 is to speak
-        print(f'{SCRIPT.name}: {in_plain_words(error)}', file=sys.stderr)
+        print(f'{SCRIPT.name}: {message}', file=sys.stderr)
         sys.exit(2 if isinstance(error, data.UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -49,7 +49,7 @@ STYLES = ['ours', 'graphs', 'eager', 'usual'] if CUDA else ['ours', 'usual']
 
 
 def net(text):
-    """'18x1@64:128' -> (18, 1, 64, 128)."""
+    """'18x1@64:128' -> (18, 1, 64, 128); 'imagenet2012' stays as it is."""
     if text == 'imagenet2012':
         return text
     match = re.fullmatch(r'(\d+)x(\d+)(?:@(\d+))?(?::(\d+))?', text)
@@ -217,10 +217,12 @@ def main():
     parser.add_argument('--updates', type=int, help='in a run (default: 20 to 2000, by the cost of the net)')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: %(default)s')
     args = parser.parse_args()
+    if args.turns < 1 or (args.updates or 2) < 2:
+        parser.error('--turns starts at 1, --updates at 2')
     if 'imagenet2012' in args.nets:
         try:
             return bench_files(args.data_dir, args.turns)
-        except data.UserError as error:
+        except (data.UserError, OSError) as error:
             parser.exit(2, f'bench.py: {error}\n')
     styles, rates = STYLES[:1] if args.ours else STYLES, {'fp32': matrix_rate('fp32')}
     name = torch.cuda.get_device_name() if CUDA else f'{torch.get_num_threads()} CPU threads'
@@ -240,8 +242,8 @@ def main():
             ratio = statistics.median(run[0] / turn[-1][0] for run, turn in zip(runs, turns, strict=True))
             print(f'{depth:3}x{width} {size:3} {batch:5} {style:5} {precision} {60 * img_per_s / batch:8.0f} '
                   f'{img_per_s:7.0f} {wait:6.1f} {start:7.1f} {peak:9.0f} '
-                  f'{100 * img_per_s * macs / rates[precision]:7.0f} '
-                  f'{"" if args.ours else f"{ratio:5.2f}"}', flush=True)
+                  f'{100 * img_per_s * macs / rates[precision]:7.0f}'
+                  f'{"" if args.ours else f" {ratio:5.2f}"}', flush=True)
 
 
 if __name__ == '__main__':

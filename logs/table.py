@@ -1,5 +1,7 @@
 """Turns the logs of finished runs into the README's tables, the reference's figures beside ours.
 
+The table of what nets cost comes from logs/bench.txt, which is what python logs/bench.py --ours printed.
+
     python logs/table.py                          prints the tables
     python logs/table.py --write                  puts them into README.md, between its markers
     python logs/table.py --check                  fails if README.md, a link in it or a RESULT line is wrong
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from cifar10_x32 import run_folder  # noqa: E402 - the line above finds these
 from data import UserError  # noqa: E402
-from resnet import ResNet, parameters  # noqa: E402
+from resnet import ResNet, multiply_adds, parameters  # noqa: E402
 
 NUMBER = r'(-?\d+\.?\d*(?:e[-+]\d+)?|-?inf|nan)'
 ROW = re.compile(r' *([1-9]\d*) +' + f'{NUMBER} +' * 9 + r'((?:\d+ days?, )?\d+:\d\d:\d\d)( \*)?')
@@ -249,6 +251,29 @@ def make_tables(reference, logs):
     return dict(headline=markdown(titles, headline), results=results)
 
 
+@functools.lru_cache
+def cost_table(bench):
+    """Markdown for what nets cost, the first one as the unit, from the text that bench.py --ours printed."""
+    pattern = r' *(\d+)x(\d+) +(\d+) +(\d+) +ours +\w+ +(\d+) +(\d+) +\S+ +\S+ +(\d+) +(\d+)\s*'
+    table = [match.groups() for match in map(re.compile(pattern).fullmatch, bench.splitlines()) if match]
+    if not table:
+        raise UserError('logs/bench.txt has no line of a net: it is made by python logs/bench.py --ours')
+    units, lines = [], ''
+    for depth, width, px, batch, iter_per_min, img_per_s, memory, limit in table:
+        with torch.device('meta'):
+            net = ResNet(int(depth), int(width), int(px), 1000, (0.5,) * 3, (0.5,) * 3)
+        rate = max(int(img_per_s), int(iter_per_min) * int(batch) / 60)  # one is rounded to few digits
+        costs = multiply_adds(net, int(px)) / 1e6, 1 / rate
+        units = units or costs
+        lines += (f'| R{depth}x{width} | {px} | {batch} | {costs[0]:.0f} | {costs[0] / units[0]:.1f} '
+                  f'| {costs[1] / units[1]:.1f} | {iter_per_min} | {img_per_s} | {int(memory) / 1000:.1f} '
+                  f'| {limit} % |\n')
+    titles = ('net', 'px', 'batch', 'multiply-adds, M', 'relative', 'time per image, relative', 'iter/min',
+              'img/s', 'memory, GB', 'of the matrix rate')
+    return (f'| {" | ".join(titles)} |\n|{" - |" * len(titles)}\n{lines}\n'
+            f'[logs/bench.txt](logs/bench.txt): {bench.splitlines()[0]}.')
+
+
 # ---- README.md ----
 
 def put(readme, name, text):
@@ -271,10 +296,11 @@ def dead_links(readme, root):
 
 
 def make(root):
-    """(tables for README.md as in `make_tables`, sentences on what is wrong with the logs under `root`)."""
+    """(tables for README.md as in `make_tables`, and costs; what is wrong with the logs, in sentences)."""
     reference = list(csv.DictReader((root / 'logs' / 'reference.csv').read_text().splitlines()))
     logs, problems = read_finished(root / 'logs', {row['dataset'] for row in reference})
-    return make_tables(reference, logs), problems
+    bench = (root / 'logs' / 'bench.txt').read_text(encoding='utf-8')
+    return make_tables(reference, logs) | {'costs': cost_table(bench)}, problems
 
 
 def check(root, write=False):
