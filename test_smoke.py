@@ -790,6 +790,10 @@ def test_official_archives_and_flat_val(archives, monkeypatch):
     assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert parts['val'].labels.tolist() == val_labels and len(data.decode_tensor(*parts['val'].read(5))) == 3
     assert not list(folder.rglob('*evil*')) and not list(folder.rglob('*.part*'))
+    (folder / 'imagenet2012/val/other.jpg').touch()
+    with pytest.raises(data.UserError, match='do not fit together: 7 images'):
+        data.open_imagenet(folder)
+    (folder / 'imagenet2012/val/other.jpg').unlink()
     (folder / 'imagenet2012/val/ILSVRC2012_val_00000003.JPEG').unlink()
     (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 200)
     with pytest.raises(data.UserError, match='do not fit together'):
@@ -878,11 +882,16 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
             take(jpeg_train(tmp_path, workers).batches(0), 6)
         says(str(error.value))
         assert not multiprocessing.active_children()  # they would keep the program from ending
+    with pytest.raises(data.UserError, match=r'_4.JPEG is damaged'):
+        data.pack_imagenet(tmp_path, 256)
     victim = next((tmp_path / 'imagenet2012/val').rglob('*_0.JPEG'))
     evals = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1]
     victim.unlink()
     with pytest.raises(data.UserError, match='_0.JPEG: No such file'):
         list(evals['val'])
+    shutil.rmtree(tmp_path / 'imagenet2012/val')
+    with pytest.raises(data.UserError, match='no images of imagenet2012 for val'):
+        main('imagenet2012.py', '--batch', 4, '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs')
 
 
 # ---- logs/table.py ----
@@ -1595,6 +1604,7 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch, 
             cifar10_x32.main()
         says(capsys.readouterr().err, words)
     says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
+    refused('--workers', -1, words=['--workers at 0'])
     refused('--batch', 10, '--accum', 3, words=['--batch 10 is not divisible', '3 passes'])
     refused('--eval', best, '--depth', 32, '--data-dir', small, words=['depth 20', '32'], **SMALL)
     refused('--eval', tmp_path / 'text', '--data-dir', small, words=['not a checkpoint'], **SMALL)
@@ -1795,6 +1805,10 @@ def test_readme_copy_for_your_own_data(tmp_path, monkeypatch):
     monkeypatch.setitem(data.SETS, 'Tulips', {})
     with pytest.raises(data.UserError, match='Tulips needs train_images.npy'):
         data.prepare('Tulips', tmp_path)
+    data.save_arrays(tmp_path / 'Flowers', 'test', *(array[:9] % 5 for array in arrays(9)))
+    monkeypatch.setitem(data.SETS, 'Flowers', dict(size=32, classes=5, train=2000, val=500, test=600))
+    with pytest.raises(data.UserError, match=r"holds 9 of 600 images. Correct it, or SETS\['Flowers'\]"):
+        data.read_arrays('Flowers', tmp_path / 'Flowers')
 
 
 def sync():
