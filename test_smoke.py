@@ -2,7 +2,7 @@
 
     python test_smoke.py --sync        copies the tail of cifar10_x32.py into the other scripts
     python test_smoke.py --kill 20     kills runs at 20 random moments each and resumes them, minutes
-    python test_smoke.py --fuzz 500    reads 500 damaged files of each kind, a minute
+    python test_smoke.py --fuzz 500    reads 500 damaged files of each kind, some seconds
 """
 import ast
 import collections
