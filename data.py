@@ -112,7 +112,7 @@ def augment(images, draws):
 
 
 def to(tensor, device):
-    """Waits for the copy, except on CUDA: MPS might read memory that is used again (pytorch issue 139550)."""
+    """The tensor on a device. Only CUDA need not wait: MPS may read freed memory (pytorch issue 139550)."""
     return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
@@ -344,7 +344,7 @@ class JpegBatches(torch.utils.data.Dataset):
                       self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
         except UserError as error:
             return str(error)
-        # collated as torch does it, into shared memory at once
+        # in a loader process this writes into shared memory
         images, labels = torch.utils.data.default_collate(piece + [black] * (count - len(piece)))
         return images.permute(0, 3, 1, 2), labels
 

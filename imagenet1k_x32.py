@@ -292,6 +292,23 @@ def evaluate(net, forward, batches, check_signals):
     return correct / count, nll / count
 
 
+def evaluate_all(net, forward, evals, check_signals, known=()):
+    """{name: (accuracy, nll)} of the sets in `evals`, each evaluated once, though IN and val are the same.
+
+    known: pairs of a set and its result, for those that need no evaluation.
+    """
+    results = dict(known)
+    for batches in evals.values():
+        if batches not in results:
+            results[batches] = evaluate(net, forward, batches, check_signals)
+    return {name: results[batches] for name, batches in evals.items()}
+
+
+def evaluation_lines(results, evals):
+    return ''.join(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
+                   for name, (accuracy, nll) in results.items())
+
+
 def main():
     args = parse_args()
     device, device_name = set_up_device(args)
@@ -353,18 +370,15 @@ def main():
         except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
             reason = ' '.join(str(error).split())[:200]
             raise data.UserError(f'{args.eval} does not fit --depth and --width ({reason} ...)') from error
-        results = {batches: evaluate(net, evl_forward, batches, lambda: None)
-                   for batches in dict.fromkeys(evals.values())}  # once, though one may have two names
-        for name, batches in evals.items() if RANK == 0 else ():
-            accuracy, nll = results[batches]
-            print(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(batches)} images')
+        results = evaluate_all(net, evl_forward, evals, lambda: None)
+        print(evaluation_lines(results, evals) if RANK == 0 else '', end='')
         return
     if trn.per_epoch == 0:
         raise data.UserError(f'--batch {args.batch} is more than the {len(trn)} training images.')
 
     # a new run, or the newest unfinished one from its last checkpoint on
-    run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0,
-                          seconds=0.0, eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # it and both, of each row
+    run = SimpleNamespace(it=0, row_it=0, best_it=0, best_acc=-1.0, best_nll=0.0, log_size=0, seconds=0.0,
+                          eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # of each row: it, seconds, eval_seconds
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     best_net = {}  # the weights of the best validation accuracy
     state, log_path, folder, resumed_from = None, None, run_folder(args, config['dataset']), ''
@@ -515,12 +529,11 @@ def main():
 
         # the only look at the test sets, with the weights of the best validation accuracy
         net.load_state_dict(best_net)
-        of_val = run.best_acc, run.best_nll  # of IN, too
-        results = {name: of_val if batches is evals['val'] else
-                   evaluate(net, evl_forward, batches, check_signals) for name, batches in evals.items()}
+        best_of_val = evals['val'], (run.best_acc, run.best_nll)
+        results = evaluate_all(net, evl_forward, evals, check_signals, [best_of_val])
     except Stopped as stopped:
         log(f'stopped by {signal.Signals(stopped.args[0]).name} at update {run.it}; --resume continues\n')
-        if run.row_it < args.iters:  # later last.pt has all, and the net has the best weights for the test
+        if run.row_it < args.iters:  # or else last.pt has been written, and the net is at its best weights
             average_running_statistics(net)
             save()
         if WORLD > 1:
@@ -529,17 +542,15 @@ def main():
 
     fields = {key: config[key] for key in ('dataset', 'depth', 'width', 'seed', 'params', 'batch', 'iters')}
     fields |= dict(lr=f'{args.lr:g}', wd=f'{args.wd:g}', precision=args.precision, best_iter=run.best_it)
-    rows = ''
     for name, (accuracy, nll) in results.items():
         key = name.lower().replace('-', '')  # val, tst; in, inv2
         fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
-        rows += f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
     iter_per_min, trn_iter_per_s = speed(run.rows)
     fields |= dict(iter_per_min=f'{iter_per_min:.0f}', img_per_s=f'{trn_iter_per_s * args.batch:.0f}',
                    hours=f'{run.seconds / 3600:.3f}', world=WORLD, device=f'"{device_name}"',
                    torch=torch.__version__)
     result = ' '.join(f'{key}={value}' for key, value in fields.items())
-    log(f'{rows}RESULT {result}\n')
+    log(f'{evaluation_lines(results, evals)}RESULT {result}\n')
 
 
 def in_plain_words(error):

@@ -875,6 +875,12 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
         child.join()
     with pytest.raises(OSError, match='A loader process died .*--workers'):
         take(batches, 99)
+
+    def broken(tensor, device):
+        raise RuntimeError('device-side assert')
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
+        patch.setattr(data, 'to', broken)  # this is no loader's fault
+        next(jpeg_train(tmp_path, 0).batches(0))
     for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
         os.truncate(file, 900)
     for workers in (0, 2):
@@ -1190,6 +1196,30 @@ def test_killed_and_resumed_weights_are_bit_identical(small, reference_run, tmp_
     assert 0 < int(resumed[-1]) < 24
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
     assert_same_rows(tmp_path, reference_run[0])
+
+
+def test_a_run_on_image_files_is_killed_and_resumed(imagenet, tmp_path, monkeypatch):
+    """With its loader processes; and IN is val, so it is not evaluated again."""
+    flags = ['imagenet2012.py', '--depth', 20, '--batch', 8, '--lr', 0.05, '--iters', 6, '--precision',
+             'fp32', '--device', 'cpu', '--data-dir', imagenet]
+    once, evaluated = data.JpegEvalBatches.__iter__, []
+    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: evaluated.append(x) or once(x))
+    main(*flags, '--workers', 0, '--log-dir', tmp_path / 'whole')
+    assert len(evaluated) == 6 + 2  # val after each update, then IN-V2 and IN-R
+    fields = result(only(tmp_path / 'whole', '*.log').read_text())
+    assert fields['in_acc'] == fields['val_acc'] and fields['in_nll'] == fields['val_nll']
+    assert {'inv2_acc', 'inr_acc'} <= fields.keys()
+    flags += ['--workers', 2, '--log-dir', tmp_path / 'killed']
+    process = start(flags)
+    for line in process.stdout:
+        if line[:7].strip() == '3':
+            for pid in [*children(process), process.pid]:
+                os.kill(pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    main(*flags, '--resume')
+    assert '\nresumed at update ' in only(tmp_path / 'killed', '*.log').read_text()
+    assert_same_rows(tmp_path / 'killed', tmp_path / 'whole')
+    assert_same_weights(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
 
 
 def kill_test(kills):
@@ -1568,11 +1598,26 @@ def test_fp16_whose_scale_collapses_ends_the_run(small, tmp_path, mine):
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
 
 
+def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
+    import cifar10_x32
+
+    def no_compiler():
+        raise RuntimeError('Failed to find C compiler')
+    for there, backend, able in ((False, str, False), (True, no_compiler, False), (True, str, True)):
+        monkeypatch.setattr('torch.utils._triton.has_triton', lambda there=there: there)
+        monkeypatch.setattr('torch.utils._triton.triton_backend', backend)
+        assert cifar10_x32.can_compile() is able
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(small, tmp_path):
     flags = ['cifar10_x32.py', '--batch', 32, '--iters', 10, '--precision', 'fp32', '--device', 'cpu']
-    with pytest.raises(FloatingPointError, match=r'not finite in updates \d+ to \d+'):
-        main(*flags, '--lr', 1e30, '--data-dir', small, '--log-dir', tmp_path)
-    assert all(t.isfinite().all() for t in weights(tmp_path).values())
+    with pytest.raises(FloatingPointError, match=r'not finite in updates (\d+) to .* update \1 is good.$'):
+        main(*flags, '--lr', 1e30, '--data-dir', small, '--log-dir', tmp_path / 'a')
+    assert all(t.isfinite().all() for t in weights(tmp_path / 'a').values())
+    flags[flags.index('--iters') + 1] = 20  # a row after two updates: there is no checkpoint yet
+    with pytest.raises(FloatingPointError, match='updates 0 to 2 .*--precision bf16.$'):
+        main(*flags, '--lr', 1e38, '--wd', 1e38, '--data-dir', small, '--log-dir', tmp_path / 'b')
+    assert not list((tmp_path / 'b').rglob('*.pt'))
 
 
 def test_eval_reproduces_the_result(small, reference_run, capsys):

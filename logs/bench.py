@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (found only with the line above)
 from resnet import STAGES, ResNet, multiply_adds  # noqa: E402
 
-SETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  # pixels -> data set, script
+DATASETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  # pixels -> data set, script
 CUDA = torch.cuda.is_available()
 NETS = ['20x1', '20x4', '56x1', '18x1', '18x1@64', '50x1@224'] if CUDA else ['20x1', '18x1:64', '50x1@224:16']
 STYLES = ['ours', 'graphs', 'eager', 'usual'] if CUDA else ['ours', 'usual']
@@ -54,7 +54,7 @@ def net(text):
         return text
     match = re.fullmatch(r'(\d+)x(\d+)(?:@(\d+))?(?::(\d+))?', text)
     depth, width, size, batch = [int(group or 0) for group in match.groups()] if match else [0] * 4
-    if depth not in STAGES or width < 1 or (size or 32) not in SETS:
+    if depth not in STAGES or width < 1 or (size or 32) not in DATASETS:
         raise argparse.ArgumentTypeError(f'{text} is no net like 20x1, 18x1@64 or 50x1@224:16')
     return depth, width, size or 32, batch or 256
 
@@ -64,8 +64,8 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, size, batch):
         from torchvision import transforms
-        self.facts = data.SETS[SETS[size]]
-        self.images, self.labels = data.synthetic_arrays(SETS[size], batch)[0]
+        self.facts = data.SETS[DATASETS[size]]
+        self.images, self.labels = data.synthetic_arrays(DATASETS[size], batch)[0]
         crop = transforms.RandomCrop(size, 4) if size < 224 else transforms.RandomResizedCrop(size)
         self.transform = transforms.Compose([
             crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -127,7 +127,7 @@ def measure(style, depth, width, size, batch, iters):
     """Trains for `iters` updates, 2 or more, in a new process: (img/s, wait %, start s, memory MB, type)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [style, depth, width, size, batch, iters] if style == 'usual' else [
-            style, ROOT / f'{SETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
+            style, ROOT / f'{DATASETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
             '--batch', batch, '--iters', iters, '--log-dir', folder, *['--no-compile'] * (style == 'eager')]
         command = [sys.executable, __file__, '--child', *map(str, command)]
         start, first, rows, peak, precision = time.perf_counter(), 0.0, [], 0.0, 'fp32'
