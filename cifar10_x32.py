@@ -10,9 +10,7 @@ Reference test accuracy (JAX, seed 42, fp32): 20x1 0.924, 20x2 0.944, 20x4 0.948
 import argparse
 import contextlib
 import datetime
-import faulthandler
 import hashlib
-import io
 import math
 import os
 import platform
@@ -24,7 +22,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,10 +52,6 @@ SCRIPT = Path(__file__).resolve()
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD = int(os.environ.get('WORLD_SIZE', 1))
 COLUMNS = '   iter         lr trn loss trn acc val acc val nll iter/min   img/s wait % skipped  elapsed\n'
-
-
-class Stopped(Exception):
-    """SIGTERM or SIGINT came to one of the ranks, and all of them know. The argument is its number."""
 
 
 def lr_at(it, iters, peak):
@@ -189,78 +182,6 @@ def header(args, config, devices, trn, evals, about):
     return ''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + '\n' + COLUMNS
 
 
-def lock(path):
-    """Keeps this file to our process until it ends; UserError if it is another's."""
-    file = open(path, 'a')
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
-        os.register_at_fork(after_in_child=file.close)
-    except BlockingIOError as error:
-        raise data.UserError(f'{path} is being written by another process. End it, or leave out --resume to '
-                             'begin a new run.') from error
-    except (ImportError, OSError):
-        pass  # on Windows, or on a file system without locks
-
-
-def write_checkpoint(path, previous=None, **content):
-    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new.
-
-    With `previous`, the old file takes that name first.
-    """
-    buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
-    torch.save(content, buffer)
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(path, config, *parts):
-    """A checkpoint with these parts, on the CPU; a bare state_dict counts as the part `net`.
-
-    No code in the file is run. Raises UserError if it is damaged, or made with another config.
-    """
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
-            raise ValueError('a CRC differs')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):  # a bare state_dict
-            checkpoint = {'config': config, 'net': checkpoint}
-        theirs = dict(checkpoint['config'])
-        checkpoint = {part: checkpoint[part] for part in parts}
-    except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
-        reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
-        raise data.UserError(f'{path} is not a checkpoint of these scripts ({reason}).') from error
-    for key, value in config.items():
-        if theirs.get(key) != value:
-            raise data.UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
-    return checkpoint
-
-
-def read_newest(paths, config, *parts):
-    """(checkpoint, path) of the first of these files that is good, (None, None) if there are no files.
-
-    Raises UserError if there are files, but none is good.
-    """
-    errors = []
-    for path in filter(Path.exists, paths):
-        try:
-            return read_checkpoint(path, config, *parts), path
-        except data.UserError as error:
-            errors.append(str(error))
-    if errors:
-        names = ' and '.join(path.name for path in paths)
-        raise data.UserError(f'{errors[0]} To begin anew, delete {names}, or leave out --resume.')
-    return None, None
-
-
 def average_running_statistics(net):
     """Each rank's batch norm saw its own images: evaluation and checkpoints take the mean over ranks."""
     for name, buffer in net.named_buffers() if WORLD > 1 else ():
@@ -273,7 +194,7 @@ def average_running_statistics(net):
 def evaluate(net, forward, batches, check_signals):
     """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once.
 
-    forward: uint8 images -> logits. check_signals: called before each batch; may raise Stopped.
+    forward: uint8 images -> logits. check_signals: called before each batch; may raise data.Stopped.
     """
     net.eval()
     totals = torch.zeros(3, device=batches.device)
@@ -328,9 +249,6 @@ def main():
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                   RANK, WORLD, args.synthetic, args.workers)
     kind = '-synthetic' if args.synthetic else '-incomplete' if data.incomplete_allowed() else ''
-    for name, batches in evals.items():
-        if not len(batches):
-            raise data.UserError(f'{args.data_dir} has no images of {DATASET} for {name}.')
 
     # network, optimizer and the two forward passes
     torch.manual_seed(args.seed)
@@ -365,11 +283,7 @@ def main():
     if args.compile:
         trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
     if args.eval:
-        try:
-            net.load_state_dict(read_checkpoint(args.eval, shape, 'net')['net'])
-        except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
-            reason = ' '.join(str(error).split())[:200]
-            raise data.UserError(f'{args.eval} does not fit --depth and --width ({reason} ...)') from error
+        data.load_weights(net, args.eval, shape)
         results = evaluate_all(net, evl_forward, evals, lambda: None)
         print(evaluation_lines(results, evals) if RANK == 0 else '', end='')
         return
@@ -381,26 +295,12 @@ def main():
                           eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # of each row: it, seconds, eval_seconds
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     best_net = {}  # the weights of the best validation accuracy
-    state, log_path, folder, resumed_from = None, None, run_folder(args, config['dataset']), ''
+    state = log_path = None
     if RANK == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            logs = [path for path in sorted(folder.glob('*.log')) if '\nRESULT ' not in path.read_text()]
-            while not args.resume or not logs:
-                log_path = folder / time.strftime('%Y%m%d-%H%M%S.log')
-                with contextlib.suppress(FileExistsError):  # two runs began in the same second
-                    log_path.open('x').close()
-                    break
-                time.sleep(0.1)
-            log_path = log_path or logs[-1]
-            lock(log_path)
-        except OSError as error:
-            raise data.UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
+        log_path = data.open_log(run_folder(args, config['dataset']), args.resume)
         last, previous, best = (log_path.with_suffix(f'.{name}.pt') for name in ('last', 'prev', 'best'))
-        state, source = read_newest([last, previous], config, *'net momentum best scaler stats run'.split())
-        if source == previous:
-            previous.replace(last)  # or the damaged one would soon take the place of the good one
-            resumed_from = f' from the previous checkpoint: {last.name} was damaged or missing'
+        state, resumed_from = data.read_last_checkpoint(
+            last, previous, config, 'net', 'momentum', 'best', 'scaler', 'stats', 'run')
     if WORLD > 1:
         dist.broadcast_object_list(holder := [state], group=control)
         state = holder[0]
@@ -433,38 +333,19 @@ def main():
         total, run.seconds = total_stats(), clock() - started
         if RANK == 0:
             run.log_size = log_path.stat().st_size
-            write_checkpoint(last, previous, config=config, net=net.state_dict(), momentum=momentum,
-                             best=best_net, scaler=scaler.state_dict(), stats=total, run=vars(run))
+            data.write_checkpoint(last, previous, config=config, net=net.state_dict(), momentum=momentum,
+                                  best=best_net, scaler=scaler.state_dict(), stats=total, run=vars(run))
 
     def save_best():
         if RANK == 0 and best_net:
-            write_checkpoint(best, config=config, net=best_net, it=run.best_it, val_acc=run.best_acc)
-
-    received, exchanges = [], []
-
-    def on_signal(number, frame):
-        if received and clock() - received[1] > 1:  # torchrun repeats at once what a terminal has sent
-            os._exit(128 + number)
-        received[:] = received or (number, clock())
-
-    def check_signals():
-        number = torch.tensor(received[0] if received else 0)
-        if WORLD > 1:  # all ranks stop in the same update: the next one, so that nobody waits for an answer
-            exchanges.append((number, dist.all_reduce(number, dist.ReduceOp.MAX, control, async_op=True)))
-            if len(exchanges) == 1:
-                return
-            number, exchange = exchanges.pop(0)
-            exchange.wait()
-        if number:
-            raise Stopped(number.item())
+            data.write_checkpoint(best, config=config, net=best_net, it=run.best_it, val_acc=run.best_acc)
 
     if RANK == 0:
         os.truncate(log_path, min(run.log_size, log_path.stat().st_size))  # later rows will be written again
         log(f'resumed at update {run.it} on {devices}{resumed_from}\n' if state else
             header(args, config, devices, trn, evals, about))
         save_best()  # the file may be older or newer than the checkpoint, or damaged
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    signals = data.Signals(control)
     batches, one = trn.batches(run.it), torch.ones((), device=device)
     try:
         while True:
@@ -472,7 +353,7 @@ def main():
                 loss, correct, skipped = total_stats().tolist()  # waits for the device: the updates never do
                 eval_start, updates = clock(), run.it - run.row_it
                 average_running_statistics(net)
-                val_acc, val_nll = evaluate(net, evl_forward, evals['val'], check_signals)
+                val_acc, val_nll = evaluate(net, evl_forward, evals['val'], signals.check)
                 # an update that fp16 skips may have had an infinite loss
                 diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
                 if diverged or scaler.get_scale() < 1:  # below 1 the gradients overflow fp16 by themselves
@@ -503,7 +384,7 @@ def main():
                 run.eval_seconds += clock() - save_start
             if run.it == args.iters:
                 break
-            check_signals()
+            signals.check()
 
             optimizer.param_groups[0]['lr'] = lr_at(run.it, args.iters, args.lr)
             wait_start = clock()
@@ -530,8 +411,8 @@ def main():
         # the only look at the test sets, with the weights of the best validation accuracy
         net.load_state_dict(best_net)
         best_of_val = evals['val'], (run.best_acc, run.best_nll)
-        results = evaluate_all(net, evl_forward, evals, check_signals, [best_of_val])
-    except Stopped as stopped:
+        results = evaluate_all(net, evl_forward, evals, signals.check, [best_of_val])
+    except data.Stopped as stopped:
         log(f'stopped by {signal.Signals(stopped.args[0]).name} at update {run.it}; --resume continues\n')
         if run.row_it < args.iters:  # or else last.pt has been written, and the net is at its best weights
             average_running_statistics(net)
@@ -553,29 +434,8 @@ def main():
     log(f'{evaluation_lines(results, evals)}RESULT {result}\n')
 
 
-def in_plain_words(error):
-    """A line for an error that users can do something about; '' for a fault of the program."""
-    text = (str(error).splitlines() or [''])[0]
-    if isinstance(error, (data.UserError, FloatingPointError, OSError)):
-        return text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text or "MemoryError"})'
-    if WORLD > 1 and re.search('Connection (closed|reset) by peer', text):
-        return 'another rank ended, so this one ends too; what was saved is good.'
-    return ''
-
-
 if __name__ == '__main__':
-    faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
-    try:
+    with data.plain_errors():
         main()
         if WORLD > 1:
             dist.destroy_process_group()
-    except Exception as error:
-        if not (message := in_plain_words(error)):
-            raise
-        time.sleep(1 if RANK else 0)  # torchrun ends all ranks with the first: rank 0 is to speak
-        print(f'{SCRIPT.name}: {message}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, data.UserError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)

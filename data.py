@@ -1,5 +1,7 @@
 """The data sets: what they are, how they are prepared, and batches of them on the device.
 
+At the end, what else the scripts read, write and listen to: logs, checkpoints, signals.
+
     python data.py                             what is on disk, the sizes of the splits, what is missing
     python data.py CIFAR10_x32                 prepares one set (the scripts do it themselves when needed)
     python data.py preview CIFAR10_x32 a.png   draws augmented training images with their labels
@@ -19,6 +21,7 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import io
 import itertools
@@ -43,6 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
@@ -459,7 +463,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
         of imagenet2012 the same for files, and the test sets are IN (= val), IN-V2 and others on disk.
     Raises:
-        UserError: when the files are missing, damaged or not those of this set.
+        UserError: when the files are missing, damaged, none at all or not those of this set.
     """
     if name == 'imagenet2012' and not synthetic:
         workers = default_workers() if workers is None else workers
@@ -471,7 +475,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
             if (folder := Path(data_dir) / folder).is_dir():
                 images = open_folder(folder, list_images(folder), wnids, classes, count)
                 evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
-        return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
+        return JpegTrainBatches(parts['train'], batch, seed, *shared), not_empty(evals, name, data_dir), about
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
     else:
@@ -489,7 +493,14 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         held_out = {'val': test}
     evals = {key: EvalBatches(*arrays, eval_batch, device, rank, world) for key, arrays in held_out.items()}
     train = [rows_of(t, slice(n)) for t in train]
-    return TrainBatches(*train, batch, seed, device, rank, world), evals, about
+    return TrainBatches(*train, batch, seed, device, rank, world), not_empty(evals, name, data_dir), about
+
+
+def not_empty(evals, name, data_dir):
+    for key, batches in evals.items():
+        if not len(batches):
+            raise UserError(f'{data_dir} has no images of {name} for {key}.')
+    return evals
 
 
 def rows_of(tensor, rows):
@@ -1092,6 +1103,170 @@ def open_pack(pack):
     return parts, wnids, (pack / 'about.txt').read_text().strip()
 
 
+# ---- for the scripts: logs, checkpoints, signals and errors ----
+
+def open_log(folder, resume):
+    """Path of a new log, or, to resume, of the newest one without a RESULT line; it is ours until we end.
+
+    Raises UserError if the folder cannot be written, or if another process has the log.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = [path for path in sorted(folder.glob('*.log')) if '\nRESULT ' not in path.read_text()]
+        path = logs[-1] if resume and logs else None
+        while path is None:
+            with contextlib.suppress(FileExistsError):  # two runs began in the same second
+                path = folder / time.strftime('%Y%m%d-%H%M%S.log')
+                path.open('x').close()
+                break
+            time.sleep(0.1)
+        file = open(path, 'a')
+    except OSError as error:
+        raise UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
+        os.register_at_fork(after_in_child=file.close)
+    except BlockingIOError as error:
+        raise UserError(f'{path} is being written by another process. End it, or leave out --resume to '
+                        'begin a new run.') from error
+    except (ImportError, OSError):
+        pass  # on Windows, or on a file system without locks
+    return path
+
+
+def write_checkpoint(path, previous=None, **content):
+    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new.
+
+    With `previous`, the old file takes that name first.
+    """
+    buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
+    torch.save(content, buffer)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, config, *parts):
+    """A checkpoint with these parts, on the CPU; a bare state_dict counts as the part `net`.
+
+    No code in the file is run. Raises UserError if it is damaged, or made with another config.
+    """
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+            raise ValueError('a CRC differs')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):  # a bare state_dict
+            checkpoint = {'config': config, 'net': checkpoint}
+        theirs = dict(checkpoint['config'])
+        checkpoint = {part: checkpoint[part] for part in parts}
+    except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
+        reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
+        raise UserError(f'{path} is not a checkpoint of these scripts ({reason}).') from error
+    for key, value in config.items():
+        if theirs.get(key) != value:
+            raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
+    return checkpoint
+
+
+def load_weights(net, path, config):
+    """Loads the weights of a checkpoint into net; UserError if it is none, or one of another architecture."""
+    try:
+        net.load_state_dict(read_checkpoint(path, config, 'net')['net'])
+    except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
+
+
+def read_last_checkpoint(last, previous, config, *parts):
+    """(checkpoint, '') from the path `last`, or from `previous`, with a note on that, or (None, '').
+
+    Raises UserError if neither file is good, though there is one.
+    """
+    errors = []
+    for path in filter(Path.exists, (last, previous)):
+        try:
+            checkpoint = read_checkpoint(path, config, *parts)
+        except UserError as error:
+            errors.append(str(error))
+            continue
+        if path == last:
+            return checkpoint, ''
+        previous.replace(last)  # or the damaged one would soon take the place of the good one
+        return checkpoint, f' from the previous checkpoint: {last.name} was damaged or missing'
+    if errors:
+        raise UserError(f'{errors[0]} To begin anew, delete {last.name} and {previous.name}, or leave out '
+                        '--resume.')
+    return None, ''
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came to one of the ranks, and all of them know. The argument is its number."""
+
+
+class Signals:
+    """SIGTERM and SIGINT, from now on, are remembered until `check`; a second one ends the process at once.
+
+    group: a gloo process group, through which all ranks learn of a signal to one; None for a single rank.
+    """
+
+    def __init__(self, group=None):
+        self.group, self.received, self.exchanges = group, None, []
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+
+    def receive(self, number, frame):
+        if self.received and time.monotonic() - self.received[1] > 1:  # torchrun repeats at once what a
+            os._exit(128 + number)                                     # terminal has sent to all
+        self.received = self.received or (number, time.monotonic())
+
+    def check(self):
+        """Raises Stopped, on all ranks in the same call: the one after, so that none waits for the answer."""
+        number = torch.tensor(self.received[0] if self.received else 0)
+        if self.group:
+            exchange = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
+            self.exchanges.append((number, exchange))
+            if len(self.exchanges) == 1:
+                return
+            number, exchange = self.exchanges.pop(0)
+            exchange.wait()
+        if number:
+            raise Stopped(number.item())
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Ends the program with one line for an error that users can do something about, without a traceback.
+
+    The exit code is 2 for a UserError, 1 for other errors, 130 for Ctrl-C.
+    """
+    faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        text = (str(error).splitlines() or [''])[0]
+        if not isinstance(error, (UserError, FloatingPointError, OSError)):
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+                text = 'out of memory: a higher --accum or a smaller --batch takes less. ' \
+                       f'({text or "MemoryError"})'
+            elif re.search('Connection (closed|reset) by peer', text):
+                text = 'another rank ended, so this one ends too; what was saved is good.'
+            else:
+                raise
+        time.sleep(1 if int(os.environ.get('RANK', 0)) else 0)  # torchrun ends all ranks with the first:
+        print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)  # rank 0 is to speak
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
 # ---- command line ----
 
 IMAGENET_HINT = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
@@ -1166,25 +1341,22 @@ def main():
     how.add_argument('--as-is', action='store_true', help='pack: keep the bytes of all images')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: datasets')
     args = parser.parse_args()
-    try:
-        if not args.words:
-            report(args.data_dir)
-        elif args.words[0] == 'preview' and len(args.words) == 3:
-            preview(args.words[1], args.data_dir, args.words[2])
-        elif args.words == ['unpack', 'imagenet2012']:
-            unpack_imagenet(args.data_dir)
-        elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
-            pack_imagenet(args.data_dir, args.short_side)
-        elif len(args.words) == 1:
-            prepare(args.words[0], args.data_dir)
-            report(args.data_dir)
-        else:
-            raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
-                            'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
-    except (UserError, OSError) as error:
-        print(f'data.py: {error}', file=sys.stderr)
-        sys.exit(2)
+    if not args.words:
+        report(args.data_dir)
+    elif args.words[0] == 'preview' and len(args.words) == 3:
+        preview(args.words[1], args.data_dir, args.words[2])
+    elif args.words == ['unpack', 'imagenet2012']:
+        unpack_imagenet(args.data_dir)
+    elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
+        pack_imagenet(args.data_dir, args.short_side)
+    elif len(args.words) == 1:
+        prepare(args.words[0], args.data_dir)
+        report(args.data_dir)
+    else:
+        raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
+                        'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
 
 
 if __name__ == '__main__':
-    main()
+    with plain_errors():
+        main()

@@ -1724,7 +1724,7 @@ def fuzz(count, folder, seed):
     rng = np.random.default_rng(seed)
     config, path = {'depth': 20}, folder / 'file'
     state = {'net': {f'layer{i}': torch.randn(20, 30) for i in range(9)}, 'run': {'rows': [(1, 2.0)]}}
-    cifar10_x32.write_checkpoint(folder / 'a.pt', config=config, **state)
+    data.write_checkpoint(folder / 'a.pt', config=config, **state)
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
     originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
                  'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': jpeg(np.asarray(photo))}
@@ -1736,7 +1736,7 @@ def fuzz(count, folder, seed):
     others = [*originals.values(), *evil, bomb, (folder / 'evil.pt').read_bytes()]
 
     def checkpoint():
-        assert same(cifar10_x32.read_checkpoint(path, config, *state), state)
+        assert same(data.read_checkpoint(path, config, *state), state)
 
     def batch():
         pixels, labels = data.read_batch(path, 32)
