@@ -345,7 +345,7 @@ def main():
         log(f'resumed at update {run.it} on {devices}{resumed_from}\n' if state else
             header(args, config, devices, trn, evals, about))
         save_best()  # the file may be older or newer than the checkpoint, or damaged
-    signals = data.Signals(control)
+    signals = data.StopSignals(control)
     batches, one = trn.batches(run.it), torch.ones((), device=device)
     try:
         while True:

@@ -1211,7 +1211,7 @@ class Stopped(Exception):
     """SIGTERM or SIGINT came to one of the ranks, and all of them know. The argument is its number."""
 
 
-class Signals:
+class StopSignals:
     """SIGTERM and SIGINT, from now on, are remembered until `check`; a second one ends the process at once.
 
     group: a gloo process group, through which all ranks learn of a signal to one; None for a single rank.

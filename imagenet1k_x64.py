@@ -9,9 +9,7 @@ Reference validation accuracy (JAX, seed 42, fp16): 50x1 0.711. Reference time o
 import argparse
 import contextlib
 import datetime
-import faulthandler
 import hashlib
-import io
 import math
 import os
 import platform
@@ -23,7 +21,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -347,7 +344,7 @@ def main():
         log(f'resumed at update {run.it} on {devices}{resumed_from}\n' if state else
             header(args, config, devices, trn, evals, about))
         save_best()  # the file may be older or newer than the checkpoint, or damaged
-    signals = data.Signals(control)
+    signals = data.StopSignals(control)
     batches, one = trn.batches(run.it), torch.ones((), device=device)
     try:
         while True:

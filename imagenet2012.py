@@ -10,9 +10,7 @@ with --batch 1024 0.792. Reference time: 5.4 hours for 18x1 on four RTX 3090, 7.
 import argparse
 import contextlib
 import datetime
-import faulthandler
 import hashlib
-import io
 import math
 import os
 import platform
@@ -24,7 +22,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,7 +345,7 @@ def main():
         log(f'resumed at update {run.it} on {devices}{resumed_from}\n' if state else
             header(args, config, devices, trn, evals, about))
         save_best()  # the file may be older or newer than the checkpoint, or damaged
-    signals = data.Signals(control)
+    signals = data.StopSignals(control)
     batches, one = trn.batches(run.it), torch.ones((), device=device)
     try:
         while True:
