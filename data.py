@@ -1115,11 +1115,12 @@ def open_log(folder, resume):
         logs = [path for path in sorted(folder.glob('*.log')) if '\nRESULT ' not in path.read_text()]
         path = logs[-1] if resume and logs else None
         while path is None:
-            with contextlib.suppress(FileExistsError):  # two runs began in the same second
-                path = folder / time.strftime('%Y%m%d-%H%M%S.log')
-                path.open('x').close()
-                break
-            time.sleep(0.1)
+            new = folder / time.strftime('%Y%m%d-%H%M%S.log')
+            try:
+                new.open('x').close()
+                path = new
+            except FileExistsError:  # two runs began in the same second
+                time.sleep(0.1)
         file = open(path, 'a')
     except OSError as error:
         raise UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error

@@ -526,6 +526,14 @@ def test_pickles_run_nothing(tmp_path, monkeypatch, content):
     assert not (tmp_path / 'evil').exists()
 
 
+def test_checkpoints_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'config': {}, 'net': {'weight': Evil()}}, tmp_path / 'a.pt')
+    with pytest.raises(data.UserError, match='a.pt is not a checkpoint of these scripts'):
+        data.read_checkpoint(tmp_path / 'a.pt', {}, 'net')
+    assert not (tmp_path / 'evil').exists()
+
+
 def test_downsampled_imagenet_from_the_original_images(tmp_path, monkeypatch):
     monkeypatch.setenv(data.INCOMPLETE, '1')
     rng = np.random.default_rng(0)
@@ -1169,6 +1177,11 @@ def children(process):
     return map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split())
 
 
+def rank_1(process):
+    return next(pid for pid in children(process)
+                if '\0RANK=1\0' in Path(f'/proc/{pid}/environ').read_text())
+
+
 def kill(command, kills, seed):
     """Kills a run again and again, each time after two new rows, so that it went on from somewhere: at any
     time or right after a row; if it is TALKATIVE, in a checkpoint and in an evaluation too. Returns how often
@@ -1411,11 +1424,13 @@ def test_data_file_cut_short_during_the_run(small, reference_run, tmp_path):
     """The system ends a process that reads a mapped file which is no longer there (SIGBUS)."""
     shutil.copytree(small, tmp_path / 'data')
     flags = [*SHORT, '--data-dir', tmp_path / 'data', '--log-dir', tmp_path]
-    process = start(flags)
+    process, text = start(flags, stderr=subprocess.STDOUT), ''
     for line in process.stdout:
+        text += line
         if line[:7].strip() == '6':
             os.truncate(tmp_path / 'data' / 'CIFAR10_x32' / 'train_images.npy', 4096)
-    assert process.wait() == -signal.SIGBUS
+    # the line goes on 'Bus error', unless a second thread meets it too, which ends the process at once
+    assert process.wait() == -signal.SIGBUS and 'Fatal Python error' in text
     main(*flags[:-3], small, *flags[-2:], '--resume')
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
 
@@ -1508,6 +1523,16 @@ def test_a_second_signal_ends_the_run_at_once(small, tmp_path, mine):
             assert process.wait(5) == 143
 
 
+def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
+    stamps = iter('112')
+    monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}.log')
+    first, second = data.open_log(tmp_path, resume=True), data.open_log(tmp_path, resume=False)
+    assert (first.name, second.name) == ('1.log', '2.log')
+    second.write_text('done\nRESULT dataset=CIFAR10_x32')
+    with pytest.raises(data.UserError, match=r'1\.log is being written by another'):  # by us
+        data.open_log(tmp_path, resume=True)
+
+
 def test_a_run_is_resumed_by_one_process_at_a_time(small, reference_run, tmp_path):
     log = unfinished_copy(reference_run[0], tmp_path / 'logs')
     flags = [*SHORT, '--data-dir', small, '--log-dir', tmp_path / 'logs', '--resume']
@@ -1538,10 +1563,9 @@ def test_two_ranks_one_rank_and_two_again(small, tmp_path, mine):
     process, text = start(two, stderr=subprocess.STDOUT), ''
     for line in process.stdout:
         if line[:7].strip() == '6' and len(rows(text)) == 2:  # this row may come again
-            os.kill(next(pid for pid in children(process) if '\0RANK=1\0' in
-                         Path(f'/proc/{pid}/environ').read_text()), signal.SIGKILL)
+            os.kill(rank_1(process), signal.SIGKILL)
         elif line[:7].strip() == '10':
-            process.terminate()
+            os.kill(rank_1(process), signal.SIGTERM)  # both stop
         text += line
     assert process.wait() == 1 and '\nstopped by SIGTERM' in text and 'another rank ended' in text
     process = start([*flags, tmp_path / 'two', '--resume', '--accum', 2])
