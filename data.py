@@ -1,7 +1,5 @@
 """The data sets: what they are, how they are prepared, and batches of them on the device.
 
-At the end, what else the scripts read, write and listen to: logs, checkpoints, signals.
-
     python data.py                             what is on disk, the sizes of the splits, what is missing
     python data.py CIFAR10_x32                 prepares one set (the scripts do it themselves when needed)
     python data.py preview CIFAR10_x32 a.png   draws augmented training images with their labels
@@ -463,7 +461,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
         of imagenet2012 the same for files, and the test sets are IN (= val), IN-V2 and others on disk.
     Raises:
-        UserError: when the files are missing, damaged, none at all or not those of this set.
+        UserError: when the files are missing, damaged or not those of this set.
     """
     if name == 'imagenet2012' and not synthetic:
         workers = default_workers() if workers is None else workers
@@ -475,7 +473,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
             if (folder := Path(data_dir) / folder).is_dir():
                 images = open_folder(folder, list_images(folder), wnids, classes, count)
                 evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
-        return JpegTrainBatches(parts['train'], batch, seed, *shared), not_empty(evals, name, data_dir), about
+        return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
     else:
@@ -493,14 +491,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         held_out = {'val': test}
     evals = {key: EvalBatches(*arrays, eval_batch, device, rank, world) for key, arrays in held_out.items()}
     train = [rows_of(t, slice(n)) for t in train]
-    return TrainBatches(*train, batch, seed, device, rank, world), not_empty(evals, name, data_dir), about
-
-
-def not_empty(evals, name, data_dir):
-    for key, batches in evals.items():
-        if not len(batches):
-            raise UserError(f'{data_dir} has no images of {name} for {key}.')
-    return evals
+    return TrainBatches(*train, batch, seed, device, rank, world), evals, about
 
 
 def rows_of(tensor, rows):
@@ -1103,25 +1094,22 @@ def open_pack(pack):
     return parts, wnids, (pack / 'about.txt').read_text().strip()
 
 
-# ---- for the scripts: logs, checkpoints, signals and errors ----
+# ---- what else the scripts share: logs, checkpoints, signals, errors in plain words ----
 
 def open_log(folder, resume):
-    """Path of a new log, or, to resume, of the newest one without a RESULT line; it is ours until we end.
+    """Path of a new log or, with `resume`, of the newest without a RESULT line, if any; ours until we end.
 
     Raises UserError if the folder cannot be written, or if another process has the log.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         logs = [path for path in sorted(folder.glob('*.log')) if '\nRESULT ' not in path.read_text()]
-        path = logs[-1] if resume and logs else None
-        while path is None:
-            new = folder / time.strftime('%Y%m%d-%H%M%S.log')
+        file = open(logs[-1], 'a') if resume and logs else None
+        while file is None:
             try:
-                new.open('x').close()
-                path = new
+                file = open(folder / time.strftime('%Y%m%d-%H%M%S.log'), 'x')
             except FileExistsError:  # two runs began in the same second
                 time.sleep(0.1)
-        file = open(path, 'a')
     except OSError as error:
         raise UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
     try:
@@ -1130,11 +1118,11 @@ def open_log(folder, resume):
         # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
         os.register_at_fork(after_in_child=file.close)
     except BlockingIOError as error:
-        raise UserError(f'{path} is being written by another process. End it, or leave out --resume to '
+        raise UserError(f'{file.name} is being written by another process. End it, or leave out --resume to '
                         'begin a new run.') from error
     except (ImportError, OSError):
         pass  # on Windows, or on a file system without locks
-    return path
+    return Path(file.name)
 
 
 def write_checkpoint(path, previous=None, **content):
@@ -1187,64 +1175,66 @@ def load_weights(net, path, config):
 
 
 def read_last_checkpoint(last, previous, config, *parts):
-    """(checkpoint, '') from the path `last`, or from `previous`, with a note on that, or (None, '').
+    """(checkpoint, '') from the path `last`, or (checkpoint, a note) from `previous`, which is renamed to it.
 
-    Raises UserError if neither file is good, though there is one.
+    Without these files (None, ''). Raises UserError if neither file is good, though there is one.
     """
-    errors = []
-    for path in filter(Path.exists, (last, previous)):
+    notes = {last: '', previous: f' from the previous checkpoint: {last.name} was damaged or missing'}
+    first = None
+    for path in filter(Path.exists, notes):
         try:
             checkpoint = read_checkpoint(path, config, *parts)
         except UserError as error:
-            errors.append(str(error))
+            first = first or error
             continue
-        if path == last:
-            return checkpoint, ''
-        previous.replace(last)  # or the damaged one would soon take the place of the good one
-        return checkpoint, f' from the previous checkpoint: {last.name} was damaged or missing'
-    if errors:
-        raise UserError(f'{errors[0]} To begin anew, delete {last.name} and {previous.name}, or leave out '
+        if path == previous:
+            previous.replace(last)  # or the damaged one would soon take the place of the good one
+        return checkpoint, notes[path]
+    if first:
+        raise UserError(f'{first} To begin anew, delete {last.name} and {previous.name}, or leave out '
                         '--resume.')
     return None, ''
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came to one of the ranks, and all of them know. The argument is its number."""
+    """A stop signal came to one of the ranks, and all of them know. The argument is a signal.Signals."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, from now on, are remembered until `check`; a second one ends the process at once.
+    """Remembers SIGTERM and SIGINT until `check`. Another one, over a second later, ends the process at once.
 
     group: a gloo process group, through which all ranks learn of a signal to one; None for a single rank.
     """
 
     def __init__(self, group=None):
-        self.group, self.received, self.exchanges = group, None, []
-        signal.signal(signal.SIGTERM, self.receive)
-        signal.signal(signal.SIGINT, self.receive)
-
-    def receive(self, number, frame):
-        if self.received and time.monotonic() - self.received[1] > 1:  # torchrun repeats at once what a
-            os._exit(128 + number)                                     # terminal has sent to all
-        self.received = self.received or (number, time.monotonic())
+        self.group, self.exchange, self.received = group, None, []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, functools.partial(receive, self.received))
 
     def check(self):
-        """Raises Stopped, on all ranks in the same call: the one after, so that none waits for the answer."""
+        """Raises Stopped, in the same call on all ranks: with a group one call late, so that none waits."""
         number = torch.tensor(self.received[0] if self.received else 0)
         if self.group:
-            exchange = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
-            self.exchanges.append((number, exchange))
-            if len(self.exchanges) == 1:
+            exchange = number, dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
+            self.exchange, exchange = exchange, self.exchange
+            if exchange is None:
                 return
-            number, exchange = self.exchanges.pop(0)
-            exchange.wait()
+            number, work = exchange
+            work.wait()
         if number:
-            raise Stopped(number.item())
+            raise Stopped(signal.Signals(number.item()))
+
+
+def receive(received, number, frame):
+    # torchrun repeats at once what a terminal has sent to all processes
+    if received and time.monotonic() - received[1] > 1:
+        os._exit(128 + number)
+    received[:] = received or (number, time.monotonic())
 
 
 @contextlib.contextmanager
 def plain_errors():
-    """Ends the program with one line for an error that users can do something about, without a traceback.
+    """Ends a script with one line for an error that users can do something about, without a traceback.
 
     The exit code is 2 for a UserError, 1 for other errors, 130 for Ctrl-C.
     """
@@ -1254,17 +1244,18 @@ def plain_errors():
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        text = (str(error).splitlines() or [''])[0]
-        if not isinstance(error, (UserError, FloatingPointError, OSError)):
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-                text = 'out of memory: a higher --accum or a smaller --batch takes less. ' \
-                       f'({text or "MemoryError"})'
-            elif re.search('Connection (closed|reset) by peer', text):
-                text = 'another rank ended, so this one ends too; what was saved is good.'
-            else:
-                raise
-        time.sleep(1 if int(os.environ.get('RANK', 0)) else 0)  # torchrun ends all ranks with the first:
-        print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)  # rank 0 is to speak
+        text = ' '.join(str(error).split()) if isinstance(error, UserError) else str(error).partition('\n')[0]
+        plain = isinstance(error, (UserError, FloatingPointError, OSError))
+        if isinstance(error, MemoryError) or not plain and re.search("out of memory|can't allocate", text):
+            text = 'out of memory: a higher --accum or a smaller --batch takes less. ' \
+                   f'({text or "MemoryError"})'
+        elif not plain and re.search('Connection (closed|reset) by peer', text):
+            text = 'another rank ended, so this one ends too; what was saved is good.'
+        elif not (plain and text):
+            raise
+        if int(os.environ.get('RANK', 0)):
+            time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
+        print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 
@@ -1342,22 +1333,25 @@ def main():
     how.add_argument('--as-is', action='store_true', help='pack: keep the bytes of all images')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: datasets')
     args = parser.parse_args()
-    if not args.words:
-        report(args.data_dir)
-    elif args.words[0] == 'preview' and len(args.words) == 3:
-        preview(args.words[1], args.data_dir, args.words[2])
-    elif args.words == ['unpack', 'imagenet2012']:
-        unpack_imagenet(args.data_dir)
-    elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
-        pack_imagenet(args.data_dir, args.short_side)
-    elif len(args.words) == 1:
-        prepare(args.words[0], args.data_dir)
-        report(args.data_dir)
-    else:
-        raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
-                        'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
+    try:
+        if not args.words:
+            report(args.data_dir)
+        elif args.words[0] == 'preview' and len(args.words) == 3:
+            preview(args.words[1], args.data_dir, args.words[2])
+        elif args.words == ['unpack', 'imagenet2012']:
+            unpack_imagenet(args.data_dir)
+        elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
+            pack_imagenet(args.data_dir, args.short_side)
+        elif len(args.words) == 1:
+            prepare(args.words[0], args.data_dir)
+            report(args.data_dir)
+        else:
+            raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
+                            'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
+    except (UserError, OSError) as error:
+        print(f'data.py: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == '__main__':
-    with plain_errors():
-        main()
+    main()

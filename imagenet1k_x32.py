@@ -17,7 +17,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -184,14 +183,14 @@ def header(args, config, devices, trn, evals, about):
 
 def average_running_statistics(net):
     """Each rank's batch norm saw its own images: evaluation and checkpoints take the mean over ranks."""
-    for name, buffer in net.named_buffers() if WORLD > 1 else ():
-        if 'running' in name:
+    for name, buffer in net.named_buffers():
+        if WORLD > 1 and 'running' in name:
             dist.all_reduce(buffer)
             buffer /= WORLD
 
 
 @torch.no_grad()
-def evaluate(net, forward, batches, check_signals):
+def evaluate(net, forward, batches, check_signals=lambda: None):
     """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once.
 
     forward: uint8 images -> logits. check_signals: called before each batch; may raise data.Stopped.
@@ -213,10 +212,10 @@ def evaluate(net, forward, batches, check_signals):
     return correct / count, nll / count
 
 
-def evaluate_all(net, forward, evals, check_signals, known=()):
+def evaluate_all(net, forward, evals, check_signals=lambda: None, known=()):
     """{name: (accuracy, nll)} of the sets in `evals`, each evaluated once, though IN and val are the same.
 
-    known: pairs of a set and its result, for those that need no evaluation.
+    known: {set: result} of those that need no evaluation.
     """
     results = dict(known)
     for batches in evals.values():
@@ -248,6 +247,9 @@ def main():
     facts, per_pass = data.SETS[DATASET], args.batch // WORLD // args.accum
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                   RANK, WORLD, args.synthetic, args.workers)
+    for name, batches in evals.items():
+        if not len(batches):
+            raise data.UserError(f'{args.data_dir} has no images of {DATASET} for {name}.')
     kind = '-synthetic' if args.synthetic else '-incomplete' if data.incomplete_allowed() else ''
 
     # network, optimizer and the two forward passes
@@ -262,11 +264,11 @@ def main():
                           momentum=MOMENTUM, warmup=WARMUP)
     optimizer = torch.optim.SGD(net.parameters(), 0.0, MOMENTUM, weight_decay=args.wd,
                                 fused=args.device == 'cuda')
-    momentum = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    momentum = {}
     for name, p in net.named_parameters():  # fused SGD leaves it uninitialised if fp16 skips the first step
-        optimizer.state[p]['momentum_buffer'] = momentum[name]
+        momentum[name] = optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == 'fp16')
-    dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': None}[args.precision]
+    dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(args.precision)  # None: no autocast
     model = net if WORLD == 1 else DistributedDataParallel(
         net, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=args.accum == 1)
 
@@ -284,8 +286,9 @@ def main():
         trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
     if args.eval:
         data.load_weights(net, args.eval, shape)
-        results = evaluate_all(net, evl_forward, evals, lambda: None)
-        print(evaluation_lines(results, evals) if RANK == 0 else '', end='')
+        results = evaluate_all(net, evl_forward, evals)
+        if RANK == 0:
+            print(evaluation_lines(results, evals), end='')
         return
     if trn.per_epoch == 0:
         raise data.UserError(f'--batch {args.batch} is more than the {len(trn)} training images.')
@@ -295,22 +298,22 @@ def main():
                           eval_seconds=0.0, rows=[(0, 0.0, 0.0)])  # of each row: it, seconds, eval_seconds
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     best_net = {}  # the weights of the best validation accuracy
-    state = log_path = None
+    state = [None]
     if RANK == 0:
         log_path = data.open_log(run_folder(args, config['dataset']), args.resume)
         last, previous, best = (log_path.with_suffix(f'.{name}.pt') for name in ('last', 'prev', 'best'))
-        state, resumed_from = data.read_last_checkpoint(
+        state[0], resumed_from = data.read_last_checkpoint(
             last, previous, config, 'net', 'momentum', 'best', 'scaler', 'stats', 'run')
     if WORLD > 1:
-        dist.broadcast_object_list(holder := [state], group=control)
-        state = holder[0]
+        dist.broadcast_object_list(state, group=control)
+    state = state[0]
     if state:
         net.load_state_dict(state['net'])
         for name in momentum:
             momentum[name].copy_(state['momentum'][name])
         scaler.load_state_dict(state['scaler'])
         stats += state['stats'].to(device) * (RANK == 0)
-        best_net.update(state['best'])
+        best_net = state['best']
         vars(run).update(state['run'])
     live, clock = RANK == 0 and sys.stdout.isatty(), time.perf_counter
     started, shown, waited = clock() - run.seconds, clock(), 0.0
@@ -369,7 +372,7 @@ def main():
                 is_best = val_acc > run.best_acc
                 if is_best:
                     run.best_it, run.best_acc, run.best_nll = run.it, val_acc, val_nll
-                    best_net.update({name: t.clone() for name, t in net.state_dict().items()})
+                    best_net = {name: t.clone() for name, t in net.state_dict().items()}
                 seen = updates * args.batch
                 wait_percent = 100 * waited * img_per_s / seen
                 log(f'{run.it:7} {lr:10.3e} {loss / seen:8.4f} {correct / seen:7.4f} {val_acc:7.4f} '
@@ -410,10 +413,10 @@ def main():
 
         # the only look at the test sets, with the weights of the best validation accuracy
         net.load_state_dict(best_net)
-        best_of_val = evals['val'], (run.best_acc, run.best_nll)
-        results = evaluate_all(net, evl_forward, evals, signals.check, [best_of_val])
+        known = {evals['val']: (run.best_acc, run.best_nll)}
+        results = evaluate_all(net, evl_forward, evals, signals.check, known)
     except data.Stopped as stopped:
-        log(f'stopped by {signal.Signals(stopped.args[0]).name} at update {run.it}; --resume continues\n')
+        log(f'stopped by {stopped.args[0].name} at update {run.it}; --resume continues\n')
         if run.row_it < args.iters:  # or else last.pt has been written, and the net is at its best weights
             average_running_statistics(net)
             save()
