@@ -14,6 +14,8 @@ imagenet2012 stays in its JPEG files, which worker processes decode while the de
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
+
+Logs, checkpoints and stop signals of the scripts are here too, after the data sets.
 """
 import argparse
 import atexit
@@ -1094,7 +1096,7 @@ def open_pack(pack):
     return parts, wnids, (pack / 'about.txt').read_text().strip()
 
 
-# ---- what else the scripts share: logs, checkpoints, signals, errors in plain words ----
+# ---- logs, checkpoints and stop signals of the scripts ----
 
 def open_log(folder, resume):
     """Path of a new log or, with `resume`, of the newest without a RESULT line, if any; ours until we end.
@@ -1103,8 +1105,9 @@ def open_log(folder, resume):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        logs = [path for path in sorted(folder.glob('*.log')) if '\nRESULT ' not in path.read_text()]
-        file = open(logs[-1], 'a') if resume and logs else None
+        old = sorted(folder.glob('*.log')) if resume else []
+        unfinished = [path for path in old if '\nRESULT ' not in path.read_text()]
+        file = open(unfinished[-1], 'a') if unfinished else None
         while file is None:
             try:
                 file = open(folder / time.strftime('%Y%m%d-%H%M%S.log'), 'x')
@@ -1179,19 +1182,19 @@ def read_last_checkpoint(last, previous, config, *parts):
 
     Without these files (None, ''). Raises UserError if neither file is good, though there is one.
     """
-    notes = {last: '', previous: f' from the previous checkpoint: {last.name} was damaged or missing'}
-    first = None
-    for path in filter(Path.exists, notes):
+    problem = None
+    for path in filter(Path.exists, (last, previous)):
         try:
             checkpoint = read_checkpoint(path, config, *parts)
         except UserError as error:
-            first = first or error
+            problem = problem or error
             continue
-        if path == previous:
-            previous.replace(last)  # or the damaged one would soon take the place of the good one
-        return checkpoint, notes[path]
-    if first:
-        raise UserError(f'{first} To begin anew, delete {last.name} and {previous.name}, or leave out '
+        if path == last:
+            return checkpoint, ''
+        previous.replace(last)  # or the damaged one would soon take the place of the good one
+        return checkpoint, f' from the previous checkpoint: {last.name} was damaged or missing'
+    if problem:
+        raise UserError(f'{problem} To begin anew, delete {last.name} and {previous.name}, or leave out '
                         '--resume.')
     return None, ''
 
@@ -1208,28 +1211,41 @@ class StopSignals:
 
     def __init__(self, group=None):
         self.group, self.exchange, self.received = group, None, []
+        handler = functools.partial(remember_signal, self.received)  # outlives the group, so it has no self
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, functools.partial(receive, self.received))
+            signal.signal(number, handler)
 
     def check(self):
         """Raises Stopped, in the same call on all ranks: with a group one call late, so that none waits."""
         number = torch.tensor(self.received[0] if self.received else 0)
         if self.group:
-            exchange = number, dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
-            self.exchange, exchange = exchange, self.exchange
-            if exchange is None:
+            work = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
+            previous, self.exchange = self.exchange, (number, work)
+            if previous is None:
                 return
-            number, work = exchange
+            number, work = previous
             work.wait()
         if number:
             raise Stopped(signal.Signals(number.item()))
 
 
-def receive(received, number, frame):
+def remember_signal(received, number, frame):
     # torchrun repeats at once what a terminal has sent to all processes
     if received and time.monotonic() - received[1] > 1:
         os._exit(128 + number)
     received[:] = received or (number, time.monotonic())
+
+
+def in_plain_words(error):
+    """One line for an error that users can do something about; '' for a fault of the program."""
+    if isinstance(error, (UserError, FloatingPointError, OSError)):
+        return ' '.join(str(error).split())
+    text = str(error).partition('\n')[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text or "MemoryError"})'
+    if 'RANK' in os.environ and re.search('Connection (closed|reset) by peer', text):
+        return 'another rank ended, so this one ends too; what was saved is good.'
+    return ''
 
 
 @contextlib.contextmanager
@@ -1244,18 +1260,11 @@ def plain_errors():
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        text = ' '.join(str(error).split()) if isinstance(error, UserError) else str(error).partition('\n')[0]
-        plain = isinstance(error, (UserError, FloatingPointError, OSError))
-        if isinstance(error, MemoryError) or not plain and re.search("out of memory|can't allocate", text):
-            text = 'out of memory: a higher --accum or a smaller --batch takes less. ' \
-                   f'({text or "MemoryError"})'
-        elif not plain and re.search('Connection (closed|reset) by peer', text):
-            text = 'another rank ended, so this one ends too; what was saved is good.'
-        elif not (plain and text):
+        if not (message := in_plain_words(error)):
             raise
         if int(os.environ.get('RANK', 0)):
             time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
-        print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 

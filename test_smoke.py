@@ -599,6 +599,11 @@ def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
     output('preview', 'CIFAR10_x32', tmp_path / 'sheet.png')
     assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
+    with pytest.raises(SystemExit, match='2'):
+        monkeypatch.setattr(sys, 'argv', ['data.py', 'preview', 'CIFAR10_x32', str(small / 'no' / 'a.png'),
+                                          '--data-dir', str(small)])
+        data.main()
+    says(capsys.readouterr().err, 'No such file', 'a.png')
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
 
 
@@ -1433,6 +1438,17 @@ def test_data_file_cut_short_during_the_run(small, reference_run, tmp_path):
     assert process.wait() == -signal.SIGBUS and 'Fatal Python error' in text
     main(*flags[:-3], small, *flags[-2:], '--resume')
     assert_same_weights(weights(tmp_path), weights(reference_run[0]))
+
+
+def test_errors_in_plain_words(monkeypatch):
+    assert data.in_plain_words(data.UserError('two\n lines')) == 'two lines'
+    assert '--accum' in data.in_plain_words(MemoryError())
+    reset = RuntimeError('[pair.cc:553] Connection reset by peer\nmore')
+    monkeypatch.delenv('RANK', raising=False)
+    for fault in (TimeoutError(), KeyError('loss'), reset):  # these keep their tracebacks
+        assert data.in_plain_words(fault) == ''
+    monkeypatch.setenv('RANK', '1')
+    assert 'another rank ended' in data.in_plain_words(reset)
 
 
 def test_out_of_memory_gets_a_sentence(small, tmp_path):

@@ -262,9 +262,10 @@ def cost_table(bench):
     for depth, width, px, batch, iter_per_min, img_per_s, memory, limit in table:
         with torch.device('meta'):
             net = ResNet(int(depth), int(width), int(px), 1000, (0.5,) * 3, (0.5,) * 3)
-        rates = int(img_per_s), int(iter_per_min)  # both rounded: the larger has more digits
-        costs = multiply_adds(net, int(px)) / 1e6, 1 / (rates[0] if rates[0] > rates[1] else
-                                                        rates[1] * int(batch) / 60)
+        rate = float(img_per_s)
+        if int(iter_per_min) > rate:  # both are rounded: the larger one has more digits
+            rate = int(iter_per_min) * int(batch) / 60
+        costs = multiply_adds(net, int(px)) / 1e6, 1 / rate
         units = units or costs
         lines += (f'| R{depth}x{width} | {px} | {batch} | {costs[0]:.0f} | {costs[0] / units[0]:.1f} '
                   f'| {costs[1] / units[1]:.1f} | {iter_per_min} | {img_per_s} | {int(memory) / 1000:.1f} '
