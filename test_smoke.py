@@ -36,6 +36,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 import data
 import resnet
@@ -1724,6 +1725,25 @@ def test_missing_and_damaged_cifar(tmp_path, file, monkeypatch):
     with pytest.raises(data.UserError) as error:
         data.prepare('CIFAR10_x32', tmp_path)
     says(str(error.value), *words)
+
+
+def test_no_update_reads_a_value(tmp_path, monkeypatch):
+    """Fake tensors hold no values: .item(), float() or `if` on a loss, which would wait for a GPU, raise."""
+    class Done(Exception):
+        pass
+
+    def check(signals):  # before each update
+        update = next(updates)
+        if update == 1:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        elif update == 3:
+            raise Done
+
+    monkeypatch.setattr(data.StopSignals, 'check', check)
+    updates = itertools.count()
+    with pytest.raises(Done), contextlib.ExitStack() as stack:
+        main('cifar10_x32.py', '--synthetic', '--batch', 16, '--accum', 2, '--iters', 60, '--device', 'cpu',
+             '--precision', 'bf16', '--log-dir', tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
