@@ -1161,7 +1161,7 @@ def read_checkpoint(path, config, *parts):
         checkpoint = {part: checkpoint[part] for part in parts}
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
-        raise UserError(f'{path} is not a checkpoint of these scripts ({reason}).') from error
+        raise UserError(f'{path} cannot be read as a checkpoint of these scripts ({reason}).') from error
     for key, value in config.items():
         if theirs.get(key) != value:
             raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')

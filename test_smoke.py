@@ -529,7 +529,7 @@ def test_pickles_run_nothing(tmp_path, monkeypatch, content):
 def test_checkpoints_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'config': {}, 'net': {'weight': Evil()}}, tmp_path / 'a.pt')
-    with pytest.raises(data.UserError, match='a.pt is not a checkpoint of these scripts'):
+    with pytest.raises(data.UserError, match='a.pt cannot be read as a checkpoint of these scripts'):
         data.read_checkpoint(tmp_path / 'a.pt', {}, 'net')
     assert not (tmp_path / 'evil').exists()
 
@@ -1329,11 +1329,11 @@ def test_no_good_checkpoint_is_an_error(small, reference_run, tmp_path):
     for name in ('last', 'prev'):
         flip_a_bit(log.with_suffix(f'.{name}.pt'))
     before = log.read_text()
-    with pytest.raises(data.UserError, match=r'last.pt is not .*damaged.* delete \S+last.pt and \S+prev.pt'):
+    with pytest.raises(data.UserError, match=r'last.pt cannot .*damaged.* delete \S+last.pt and \S+prev.pt'):
         main(*SHORT, '--data-dir', small, '--log-dir', tmp_path / 'logs', '--resume')
     assert log.read_text() == before
     flip_a_bit(log.with_suffix('.best.pt'))
-    with pytest.raises(data.UserError, match='best.pt is not .*damaged'):
+    with pytest.raises(data.UserError, match='best.pt cannot be read .*damaged'):
         main(*SHORT, '--data-dir', small, '--eval', log.with_suffix('.best.pt'))
 
 
@@ -1708,8 +1708,8 @@ def test_bad_input_gets_a_sentence(small, reference_run, tmp_path, monkeypatch, 
     refused('--workers', -1, words=['--workers at 0'])
     refused('--batch', 10, '--accum', 3, words=['--batch 10 is not divisible', '3 passes'])
     refused('--eval', best, '--depth', 32, '--data-dir', small, words=['depth 20', '32'], **SMALL)
-    refused('--eval', tmp_path / 'text', '--data-dir', small, words=['not a checkpoint'], **SMALL)
-    refused('--eval', tmp_path / 'evil.pt', '--data-dir', small, words=['not a checkpoint'], **SMALL)
+    refused('--eval', tmp_path / 'text', '--data-dir', small, words=['as a checkpoint'], **SMALL)
+    refused('--eval', tmp_path / 'evil.pt', '--data-dir', small, words=['as a checkpoint'], **SMALL)
     assert not (tmp_path / 'evil').exists()
     refused('--eval', tmp_path / 'none', '--data-dir', small, words=['No such file'], **SMALL)
     refused('--log-dir', tmp_path / 'log_file', '--data-dir', small, words=['log_file', '--log-dir'], **SMALL)
