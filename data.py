@@ -14,14 +14,11 @@ imagenet2012 stays in its JPEG files, which worker processes decode while the de
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
-
-Logs, checkpoints and stop signals of the scripts are here too, after the data sets.
 """
 import argparse
 import atexit
 import contextlib
 import ctypes
-import faulthandler
 import functools
 import io
 import itertools
@@ -46,7 +43,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
@@ -461,7 +457,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
     Returns:
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
-        of imagenet2012 the same for files, and the test sets are IN (= val), IN-V2 and others on disk.
+        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     Raises:
         UserError: when the files are missing, damaged or not those of this set.
     """
@@ -470,11 +466,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         parts, wnids, about = open_imagenet(Path(data_dir))
         shared = torch.device(device), workers, rank, world
         evals = {'val': JpegEvalBatches(parts['val'], eval_batch, *shared)}
-        evals['IN'] = evals['val']
         for test, (folder, classes, count) in IMAGENET_TESTS.items():
             if (folder := Path(data_dir) / folder).is_dir():
                 images = open_folder(folder, list_images(folder), wnids, classes, count)
                 evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
+        for test, batches in evals.items():
+            if not len(batches):
+                raise UserError(f'{data_dir} has no images of {name} for {test}.')
         return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
@@ -1094,178 +1092,6 @@ def open_pack(pack):
         if len(names) != full and not incomplete_allowed():
             raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
     return parts, wnids, (pack / 'about.txt').read_text().strip()
-
-
-# ---- logs, checkpoints and stop signals of the scripts ----
-
-def open_log(folder, resume):
-    """Path of a new log or, with `resume`, of the newest without a RESULT line, if any; ours until we end.
-
-    Raises UserError if the folder cannot be written, or if another process has the log.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        old = sorted(folder.glob('*.log')) if resume else []
-        unfinished = [path for path in old if '\nRESULT ' not in path.read_text()]
-        file = open(unfinished[-1], 'a') if unfinished else None
-        while file is None:
-            try:
-                file = open(folder / time.strftime('%Y%m%d-%H%M%S.log'), 'x')
-            except FileExistsError:  # two runs began in the same second
-                time.sleep(0.1)
-    except OSError as error:
-        raise UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
-    try:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
-        os.register_at_fork(after_in_child=file.close)
-    except BlockingIOError as error:
-        raise UserError(f'{file.name} is being written by another process. End it, or leave out --resume to '
-                        'begin a new run.') from error
-    except (ImportError, OSError):
-        pass  # on Windows, or on a file system without locks
-    return Path(file.name)
-
-
-def write_checkpoint(path, previous=None, **content):
-    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new.
-
-    With `previous`, the old file takes that name first.
-    """
-    buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
-    torch.save(content, buffer)
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            path.replace(previous)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(path, config, *parts):
-    """A checkpoint with these parts, on the CPU; a bare state_dict counts as the part `net`.
-
-    No code in the file is run. Raises UserError if it is damaged, or made with another config.
-    """
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
-            raise ValueError('a CRC differs')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):  # a bare state_dict
-            checkpoint = {'config': config, 'net': checkpoint}
-        theirs = dict(checkpoint['config'])
-        checkpoint = {part: checkpoint[part] for part in parts}
-    except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
-        reason = error.strerror if isinstance(error, OSError) else 'damaged, or another kind of file'
-        raise UserError(f'{path} cannot be read as a checkpoint of these scripts ({reason}).') from error
-    for key, value in config.items():
-        if theirs.get(key) != value:
-            raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
-    return checkpoint
-
-
-def load_weights(net, path, config):
-    """Loads the weights of a checkpoint into net; UserError if it is none, or one of another architecture."""
-    try:
-        net.load_state_dict(read_checkpoint(path, config, 'net')['net'])
-    except RuntimeError as error:  # a state_dict from elsewhere; the message lists keys and shapes
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
-
-
-def read_last_checkpoint(last, previous, config, *parts):
-    """(checkpoint, '') from the path `last`, or (checkpoint, a note) from `previous`, which is renamed to it.
-
-    Without these files (None, ''). Raises UserError if neither file is good, though there is one.
-    """
-    problem = None
-    for path in filter(Path.exists, (last, previous)):
-        try:
-            checkpoint = read_checkpoint(path, config, *parts)
-        except UserError as error:
-            problem = problem or error
-            continue
-        if path == last:
-            return checkpoint, ''
-        previous.replace(last)  # or the damaged one would soon take the place of the good one
-        return checkpoint, f' from the previous checkpoint: {last.name} was damaged or missing'
-    if problem:
-        raise UserError(f'{problem} To begin anew, delete {last.name} and {previous.name}, or leave out '
-                        '--resume.')
-    return None, ''
-
-
-class Stopped(Exception):
-    """A stop signal came to one of the ranks, and all of them know. The argument is a signal.Signals."""
-
-
-class StopSignals:
-    """Remembers SIGTERM and SIGINT until `check`. Another one, over a second later, ends the process at once.
-
-    group: a gloo process group, through which all ranks learn of a signal to one; None for a single rank.
-    """
-
-    def __init__(self, group=None):
-        self.group, self.exchange, self.received = group, None, []
-        handler = functools.partial(remember_signal, self.received)  # outlives the group, so it has no self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
-
-    def check(self):
-        """Raises Stopped, in the same call on all ranks: with a group one call late, so that none waits."""
-        number = torch.tensor(self.received[0] if self.received else 0)
-        if self.group:
-            work = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
-            previous, self.exchange = self.exchange, (number, work)
-            if previous is None:
-                return
-            number, work = previous
-            work.wait()
-        if number:
-            raise Stopped(signal.Signals(number.item()))
-
-
-def remember_signal(received, number, frame):
-    # torchrun repeats at once what a terminal has sent to all processes
-    if received and time.monotonic() - received[1] > 1:
-        os._exit(128 + number)
-    received[:] = received or (number, time.monotonic())
-
-
-def in_plain_words(error):
-    """One line for an error that users can do something about; '' for a fault of the program."""
-    if isinstance(error, (UserError, FloatingPointError, OSError)):
-        return ' '.join(str(error).split())
-    text = str(error).partition('\n')[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text or "MemoryError"})'
-    if 'RANK' in os.environ and re.search('Connection (closed|reset) by peer', text):
-        return 'another rank ended, so this one ends too; what was saved is good.'
-    return ''
-
-
-@contextlib.contextmanager
-def plain_errors():
-    """Ends a script with one line for an error that users can do something about, without a traceback.
-
-    The exit code is 2 for a UserError, 1 for other errors, 130 for Ctrl-C.
-    """
-    faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        if not (message := in_plain_words(error)):
-            raise
-        if int(os.environ.get('RANK', 0)):
-            time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 # ---- command line ----

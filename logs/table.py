@@ -32,8 +32,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cifar10_x32 import run_folder  # noqa: E402 - the line above finds these
-from data import UserError  # noqa: E402
+from data import UserError  # noqa: E402 - the line above finds these
+from logs.run import run_folder_name  # noqa: E402
 from resnet import ResNet, multiply_adds, parameters  # noqa: E402
 
 NUMBER = r'(-?\d+\.?\d*(?:e[-+]\d+)?|-?inf|nan)'
@@ -128,8 +128,8 @@ def contradictions(log, logs):
     if not -2 < 3600 * float(result['hours']) - sum(int(count) * unit for count, unit in units) < 60:
         yield f'RESULT has hours={result["hours"]}, the last row {last["elapsed"]}'
     settings = {key: int(result[key]) for key in INTEGERS} | {key: float(result[key]) for key in ('lr', 'wd')}
-    args = SimpleNamespace(**settings, precision=result['precision'], log_dir=logs)
-    if (folder := run_folder(args, result['dataset'])) != log.path.parent:
+    name = run_folder_name(settings | {'precision': result['precision']})
+    if (folder := logs / result['dataset'] / name / result['seed']) != log.path.parent:
         yield f'with these settings it belongs into {folder.relative_to(logs)}'
 
 

@@ -1,0 +1,573 @@
+"""A run on disk and as a process: what nobody changes who changes the training.
+
+    set_up         device, ranks, and the flags that hang on them
+    Ranks          the processes that train together: sums over them, stop signals for all of them
+    Run            one run's folder: its log, clocks and checkpoints
+    load_weights   for --eval
+    plain_errors   ends a script with a sentence where a user can help, not with a traceback
+
+A run writes logs/<data set>/resnet_<depth>x<width>.../<seed>/<stamp>.log, and beside it <stamp>.last.pt (what
+--resume goes on from), <stamp>.prev.pt (the one before, should the last be damaged) and <stamp>.best.pt (the
+weights of the best validation accuracy). Rank 0 alone writes. logs/table.py reads the logs.
+"""
+import contextlib
+import datetime
+import faulthandler
+import functools
+import hashlib
+import io
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import UserError, keep_freed_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+DAYS = datetime.timedelta(days=2)  # as long as ranks wait for one that prepares data
+clock = time.perf_counter
+
+
+# ---- device and ranks ----
+
+def set_up(args, precision):
+    """Checks the flags, finds device and ranks, and fills in --device, --precision and --compile.
+
+    Args:
+        args: what a script's parse_args() returns. precision: the default on CUDA.
+    Returns:
+        Ranks. Raises UserError for flags that do not fit the machine or each other.
+    """
+    for name in ('data_dir', 'log_dir', 'eval'):
+        if path := getattr(args, name):
+            setattr(args, name, Path(os.path.expanduser(path)))  # --data-dir=~/data: no shell did it
+    if min(args.width, args.batch, args.accum, args.iters) < 1 or args.seed not in range(2 ** 64) or \
+            not min(args.lr, args.wd, args.workers or 0) >= 0 or math.inf in (args.lr, args.wd):
+        raise UserError('--width, --batch, --accum and --iters start at 1, --lr, --wd and --workers at 0; '
+                        '--seed goes from 0 to 2^64 - 1.')
+    rank, local_rank, world = ranks_of_environment()
+    if args.batch % (world * args.accum):
+        raise UserError(f'--batch {args.batch} is not divisible by {world} ranks x {args.accum} passes.')
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    args.device = args.device or ('cuda' if cuda else 'mps' if mps else 'cpu')
+    args.precision = args.precision or (
+        precision if args.device == 'cuda' else 'bf16' if args.device == 'cpu' and native_bf16 else 'fp32')
+    if args.device == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            found = f'torch {torch.__version__} finds {torch.cuda.device_count()} GPUs'
+            raise UserError(f'--device cuda: {found} for local rank {local_rank}. Try --device cpu.')
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        torch.set_float32_matmul_precision('high')  # TF32 for the classifier, as convolutions have it
+        args.compile = can_compile() if args.compile is None else args.compile
+        device, name = torch.device('cuda', local_rank), torch.cuda.get_device_name()
+    else:
+        if args.device == 'mps' and not mps:
+            raise UserError(f'--device mps: torch {torch.__version__} finds none. Use --device cpu.')
+        args.compile = bool(args.compile)
+        keep_freed_memory()  # or activations would get new pages in every step
+        device, name = torch.device(args.device), f'{processor()}, {torch.get_num_threads()} threads'
+    if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (world > 1 or args.accum > 1):
+        raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
+                        'unset the variable.')
+    return Ranks(rank, local_rank, world, device, name)
+
+
+def ranks_of_environment():
+    """(rank, local rank, number of ranks) as torchrun says them, or else (0, 0, 1)."""
+    said = [os.environ.get(name) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '')
+    if not any(said):
+        if tasks not in ('', '0', '1'):
+            raise UserError(f'srun has started {tasks} copies of this script, and each would train alone: '
+                            'let it start one torchrun on each machine (README.md has an example).')
+        return 0, 0, 1
+    try:
+        return [int(value) for value in said]
+    except (TypeError, ValueError) as error:
+        raise UserError('The environment has some of RANK, LOCAL_RANK and WORLD_SIZE, but not a number for '
+                        'each. Start several ranks with torchrun; for one, unset all three.') from error
+
+
+def processor():
+    """The name of the CPU."""
+    cpuinfo = Path('/proc/cpuinfo')
+    name = re.search(r'model name\s*: (.*)', cpuinfo.read_text()) if cpuinfo.exists() else None
+    return name[1] if name else platform.machine()
+
+
+def can_compile():
+    """torch.compile needs Triton on CUDA; Triton a C compiler, Python.h and a GPU that is not too old."""
+    try:
+        from torch.utils._triton import has_triton, triton_backend
+        return has_triton() and triton_backend() is not None
+    except Exception:  # of many kinds, down to those of the C compiler
+        return False
+
+
+class Ranks:
+    """The processes that train together: this one alone, or those that torchrun has started.
+
+    rank: its number, from 0. local_rank: the same on this machine. world: how many there are.
+    device: torch.device of this one. device_name: str.
+    """
+
+    def __init__(self, rank=0, local_rank=0, world=1, device=None, device_name=''):
+        self.rank, self.local_rank, self.world = rank, local_rank, world
+        self.device, self.device_name = device, device_name
+        self.control = None  # a process group for flags and for waiting, which keeps off the device
+        self.received, self.exchange = [], None
+        if world > 1:
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+            self.control = dist.new_group(backend='gloo', timeout=DAYS)
+            warnings.filterwarnings('ignore', '.*broadcast_buffers')  # torch 2.6 does not know its new name
+
+    def sum(self, tensor):
+        """The sum of a tensor over all ranks, as a new tensor."""
+        total = tensor.clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def wait(self):
+        """Until all ranks are here."""
+        if self.world > 1:
+            dist.barrier(self.control)
+
+    def from_rank_0(self, value):
+        """Rank 0's `value`, on all ranks."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
+    def rank_0_first(self, function, *arguments):
+        """Calls it on rank 0, then on the first rank of each machine, which may have a disk of its own."""
+        for my_turn in (self.rank == 0, self.local_rank == 0):
+            if my_turn:
+                function(*arguments)
+            self.wait()
+
+    def catch_signals(self):
+        """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals; a second one ends us at once."""
+        handler = functools.partial(remember_signal, self.received)  # outlives the group, so it has no self
+        for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
+            if hasattr(signal, name):  # Windows lacks the last
+                signal.signal(getattr(signal, name), handler)
+
+    def check_signals(self):
+        """Raises Stopped, in the same call on all ranks: with several one call late, so that none waits."""
+        number = torch.tensor(self.received[0] if self.received else 0)
+        if self.control:
+            work = dist.all_reduce(number, dist.ReduceOp.MAX, self.control, async_op=True)
+            previous, self.exchange = self.exchange, (number, work)
+            if previous is None:
+                return
+            number, work = previous
+            work.wait()
+        if number:
+            raise Stopped(signal.Signals(number.item()))
+
+
+def remember_signal(received, number, frame):
+    # torchrun repeats at once what a terminal has sent to all processes
+    if received and time.monotonic() - received[1] > 1:
+        os._exit(128 + number)
+    received[:] = received or (number, time.monotonic())
+
+
+class Stopped(Exception):
+    """A stop signal came to one of the ranks, and all of them know. The argument is a signal.Signals."""
+
+
+# ---- a run ----
+
+def run_folder_name(config):
+    """'resnet_<depth>x<width>...': what differs from batch 256, lr 0.1 and fp32 is named.
+
+    config: a mapping with depth, width, batch, iters, lr, wd (numbers) and precision (fp32, fp16 or bf16).
+    """
+    name = f'resnet_{config["depth"]}x{config["width"]}'
+    name += f'-batch_{config["batch"]}' if config['batch'] != 256 else ''
+    iters, lr, wd = config['iters'], config['lr'], config['wd']
+    name += f'-iter_{iters // 1000}k' if iters % 1000 == 0 else f'-iter_{iters}'
+    name += f'-lr_{lr:g}' if lr != 0.1 else ''
+    name += f'-wd_{wd:.4f}' if round(wd, 4) == wd else f'-wd_{wd:g}'
+    return name + (f'-{config["precision"]}' if config['precision'] != 'fp32' else '')
+
+
+def duration(seconds):
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
+def evaluation_lines(results, evals):
+    """A line for each set; results: {name: (accuracy, nll)}, evals: {name: batches}."""
+    return ''.join(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
+                   for name, (accuracy, nll) in results.items())
+
+
+class Run:
+    """A new run or, with --resume, the newest unfinished one of the same settings: log, clocks, checkpoints.
+
+    Args:
+        script: path of the script; a copy's runs have a folder of its name, not of its data set's.
+        args: its flags. ranks: Ranks.
+        config: dict, what the run is: a checkpoint with another config is not resumed.
+    Raises:
+        UserError: the folder cannot be written, another process has the log, or no checkpoint is good.
+    """
+
+    def __init__(self, script, args, config, ranks):
+        self.script, self.args, self.config, self.ranks = Path(script).resolve(), args, config, ranks
+        self.clocks = dict(seconds=0.0, not_training=0.0, waited=0.0)  # `waited` since the last row
+        self.rows = [(0, 0.0, 0.0)]  # of each row: update, seconds, not_training
+        self.log_path, self.log_size, self.resumed, self.started, self.shown = None, 0, '', clock(), 0.0
+        self.live = ranks.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
+        dataset = config['dataset']
+        own, kind = re.fullmatch('(.*?)(-synthetic|-incomplete|)', dataset).groups()
+        top = dataset if self.script.stem == own.lower() else self.script.stem + kind
+        if ranks.rank == 0:
+            folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
+            self.log_path = open_log(folder, args.resume)
+
+    def last_checkpoint(self):
+        """What save() was given last, on the CPU; None for a new run."""
+        found = None
+        if self.log_path:
+            found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
+        state, note = self.ranks.from_rank_0(found)
+        if state:
+            self.resumed = f'resumed at update {{}} on {{}}{note}\n'
+            self.clocks, self.rows, self.log_size = state['run']
+        return state
+
+    def begin(self, it, columns, trn, evals, about):
+        """Starts the clocks, and the log: its header, or a line that the run goes on at update `it`.
+
+        columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
+        """
+        self.started = clock() - self.clocks['seconds']
+        devices = f'{self.ranks.world} x {self.ranks.device_name}'
+        if self.log_path:
+            size = min(self.log_size, self.log_path.stat().st_size)
+            os.truncate(self.log_path, size)  # later rows will be written again
+        if self.resumed:
+            return self.log(self.resumed.format(it, devices))
+        args, ranks = self.args, self.ranks
+        per_pass = args.batch // ranks.world // args.accum
+        sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
+        lines = {
+            'command': f'{self.script.name} {shlex.join(sys.argv[1:])}',
+            'started': time.strftime('%Y-%m-%d %H:%M:%S'),
+            'versions': f'torch {torch.__version__}, python {platform.python_version()}, {platform.system()}',
+            'devices': devices,
+            'commit': commit(sources),
+            **{f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources},
+            **self.config,
+            **({'fp32 products': 'TF32'} if args.device == 'cuda' else {}),
+            'compile': args.compile,
+            'images': ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items()),
+            'images from': about,
+            'ranks, passes': f'{ranks.world} x {args.accum} x {per_pass} images make a batch',
+            'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
+        }
+        self.log(''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + f'\n{columns}')
+
+    def path(self, kind):
+        return self.log_path.with_suffix(f'.{kind}.pt')
+
+    def log(self, text):
+        """Appends to the log, and prints."""
+        if self.log_path:
+            with open(self.log_path, 'a', encoding='utf-8', errors='backslashreplace') as file:
+                file.write(text)
+            say(('\r\033[K' if self.live else '') + text)
+
+    def status(self, text):
+        """Shows a line on a terminal until something else is printed."""
+        if self.live:
+            self.shown = clock()
+            say(f'\r{text}\033[K')
+
+    def progress(self, it):
+        """Shows twice a second how far it is, and how long it will take."""
+        if self.live and clock() - self.shown > 0.5:
+            done, seconds, _ = self.rows[-1]
+            rate, iters = (it - done) / (clock() - self.started - seconds), self.args.iters
+            self.status(f'{it} of {iters}   {60 * rate:.0f} iter/min   {duration((iters - it) / rate)} left')
+
+    @contextlib.contextmanager
+    def timed(self, name, text=''):
+        """A block whose time is added to clocks[name]; shows `text` meanwhile."""
+        start = clock()
+        if text:
+            self.status(text)
+        try:
+            yield
+        finally:
+            self.clocks[name] += clock() - start
+
+    waiting = functools.partialmethod(timed, 'waited')
+    not_training = functools.partialmethod(timed, 'not_training')
+
+    def new_row(self, it):
+        """Ends an interval between rows.
+
+        Returns: (updates per minute over the last 5000, evaluation included; images per second of training;
+        percent of training time that waited for data; seconds of the run).
+        """
+        seconds = self.clocks['seconds'] = clock() - self.started
+        self.rows.append((it, seconds, self.clocks['not_training']))
+        iter_per_s, per_s = speed(self.rows)[0], speed(self.rows[-2:])[1]
+        waited = 100 * self.clocks['waited'] * per_s / (it - self.rows[-2][0])
+        self.clocks['waited'] = 0.0
+        return 60 * iter_per_s, self.args.batch * per_s, waited, seconds
+
+    def save(self, **state):
+        """Writes <stamp>.last.pt; the one before it becomes <stamp>.prev.pt."""
+        self.clocks['seconds'] = clock() - self.started
+        if self.log_path:
+            run = self.clocks, self.rows, self.log_path.stat().st_size
+            write_checkpoint(self.path('last'), self.path('prev'), config=self.config, run=run, **state)
+
+    def save_best(self, it, val_acc, net):
+        """Writes <stamp>.best.pt: the weights, a state_dict."""
+        if self.log_path:
+            write_checkpoint(self.path('best'), config=self.config, net=net, it=it, val_acc=val_acc)
+
+    def finish(self, best_it, results, evals):
+        """The last lines of the log: results are {name: (accuracy, nll)} of the weights of update best_it."""
+        keys = 'dataset depth width seed params batch iters lr wd precision'.split()
+        fields = {key: self.config[key] for key in keys} | dict(best_iter=best_it)
+        fields |= {key: f'{fields[key]:g}' for key in ('lr', 'wd')}
+        for name, (accuracy, nll) in results.items():
+            key = name.lower().replace('-', '')  # val, tst, inv2
+            fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
+        iter_per_s, trn_iter_per_s = speed(self.rows)
+        fields |= dict(
+            iter_per_min=f'{60 * iter_per_s:.0f}', img_per_s=f'{trn_iter_per_s * self.args.batch:.0f}',
+            hours=f'{self.clocks["seconds"] / 3600:.3f}', world=self.ranks.world,
+            device=f'"{self.ranks.device_name}"', torch=torch.__version__)
+        result = ' '.join(f'{key}={value}' for key, value in fields.items())
+        self.log(f'{evaluation_lines(results, evals)}RESULT {result}\n')
+
+
+def speed(rows):
+    """(updates per second with evaluation, without) over the last 5000 updates or the last interval."""
+    end = rows[-1]
+    start = next((row for row in rows[:-1] if end[0] - row[0] <= 5000), rows[-2])
+    updates, seconds, not_training = (b - a for a, b in zip(start, end, strict=True))
+    return updates / seconds, updates / (seconds - not_training)
+
+
+def commit(sources):
+    """The git commit, and whether one of these files is not as it was there; 'unknown' outside of git."""
+    def git(*words):
+        return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if not shutil.which('git') or not (name := git('rev-parse', '--short', 'HEAD')):
+        return 'unknown'
+    tracked = len(git('ls-files', '--', *sources).splitlines()) == len(sources)
+    return name if tracked and not git('status', '--porcelain', '--', *sources) else f'{name}, changed since'
+
+
+def say(text):
+    """Prints; where nobody listens any more, the run goes on: its log has it all."""
+    try:
+        print(text, end='', flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, 'w')
+
+
+def open_log(folder, resume):
+    """Path of a new log or, with `resume`, of the newest one that can go on, if any; ours until we end.
+
+    Raises UserError if the folder cannot be written, or if another process has the log.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = []
+        for path in sorted(folder.glob('*.log')) if resume else ():
+            text = path.read_text(encoding='utf-8', errors='replace')
+            if '\nRESULT ' in text:
+                continue
+            if re.search(r'^ *\d+ ', text, re.M) and not any(
+                    path.with_suffix(f'.{kind}.pt').exists() for kind in ('last', 'prev')):
+                say(f'{path} has no checkpoint beside it: it stays as it is.\n')
+                continue
+            unfinished.append(path)
+        file = open(unfinished[-1], 'a') if unfinished else None
+        while file is None:
+            try:
+                file = open(folder / time.strftime('%Y%m%d-%H%M%S.log'), 'x')
+            except FileExistsError:  # two runs began in the same second
+                time.sleep(0.1)
+    except OSError as error:
+        raise UserError(f'{error.filename}: {error.strerror}. Choose another --log-dir.') from error
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # keeps the file open here, but not in loader processes: one that outlives us would keep the lock
+        os.register_at_fork(after_in_child=file.close)
+    except BlockingIOError as error:
+        raise UserError(f'{file.name} is being written by another process. End it, or leave out --resume to '
+                        'begin a new run.') from error
+    except (ImportError, OSError):
+        pass  # on Windows, or on a file system without locks
+    return Path(file.name)
+
+
+# ---- checkpoints ----
+
+def write_checkpoint(path, previous=None, **content):
+    """Writes under a temporary name, then renames: whenever we die, there is a whole file, old or new.
+
+    With `previous`, the old file takes that name first.
+    """
+    buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
+    torch.save(content, buffer)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            path.replace(previous)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path):
+    """What torch.save has written to a file, on the CPU. No code in it is run.
+
+    Raises UserError if it is damaged, or another kind of file.
+    """
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+            raise ValueError('a CRC differs')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
+        reason = 'damaged, or another kind of file'
+        if isinstance(error, OSError):
+            reason = error.strerror
+        elif path.suffix == '.safetensors':
+            reason = 'a safetensors file: safetensors.torch.load_file reads it, torch.save makes one for us'
+        elif 'Unsupported global' in str(error):
+            reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
+        raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
+
+
+def check_config(path, theirs, config):
+    for key, value in config.items():
+        if theirs.get(key) != value:
+            raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
+
+
+def read_checkpoint(path, config):
+    """A checkpoint of a run with this config. Raises UserError if it is none."""
+    state = read_file(path)
+    if not isinstance(state, dict) or not {'config', 'net', 'run'} <= state.keys():
+        raise UserError(f'{path} is no checkpoint of a run.')
+    check_config(path, state['config'], config)
+    return state
+
+
+def read_last_checkpoint(last, previous, config):
+    """(checkpoint, '') from the path `last`, or (checkpoint, a note) from `previous`, which is renamed to it.
+
+    Without these files (None, ''). Raises UserError if neither file is good, though there is one.
+    """
+    problem = None
+    for path in filter(Path.exists, (last, previous)):
+        try:
+            state = read_checkpoint(path, config)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if path == last:
+            return state, ''
+        previous.replace(last)  # or the damaged one would soon take the place of the good one
+        return state, f' from the previous checkpoint: {last.name} was damaged or missing'
+    if problem:
+        raise UserError(f'{problem} To begin anew, delete {last.name} and {previous.name}, or leave out '
+                        '--resume.')
+    return None, ''
+
+
+def load_weights(net, path, shape):
+    """Loads weights into a net: of a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict.
+
+    shape: the keys of a checkpoint's config that say which net it is. Raises UserError if they do not fit.
+    """
+    weights = read_file(path)
+    theirs = weights.get('config', shape) if isinstance(weights, dict) else shape
+    check_config(path, theirs if isinstance(theirs, dict) else {}, shape)
+    for key in ('net', 'state_dict', 'model'):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    try:
+        # prefixes that DistributedDataParallel and torch.compile add
+        net.load_state_dict({re.sub(r'^((module|_orig_mod)\.)+', '', key): t for key, t in weights.items()})
+    except (RuntimeError, AttributeError, TypeError) as error:  # the message lists keys and shapes
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
+
+
+# ---- errors ----
+
+def in_plain_words(error):
+    """One line for an error that users can do something about; '' for a fault of the program."""
+    if isinstance(error, (UserError, FloatingPointError, OSError)):
+        return ' '.join(str(error).split())
+    text = str(error).partition('\n')[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f'out of memory: a higher --accum or a smaller --batch takes less. ({text or "MemoryError"})'
+    if 'RANK' in os.environ and re.search('Connection (closed|reset) by peer', text):
+        return 'another rank ended, so this one ends too; what was saved is good.'
+    if re.search(r'InvalidCxxCompiler|No working C\+\+ compiler|Failed to find C compiler', str(error)):
+        return '--compile needs a C++ compiler (g++ or clang): install one, or leave it out.'
+    return ''
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Ends a script with one line for an error that users can do something about, without a traceback.
+
+    The exit code is 2 for a UserError, 1 for other errors, 128 + its number for a signal.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a path may hold what the terminal cannot show
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr may be closed, or no file
+        faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stopped:
+        code = 128 + stopped.args[0]
+    except Exception as error:
+        if not (message := in_plain_words(error)):
+            raise
+        if int(os.environ.get('RANK') or 0):
+            time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    else:
+        code = 0
+    if dist.is_initialized():  # after an error it may wait for ranks that are gone
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
