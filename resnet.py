@@ -28,6 +28,15 @@ def conv(channels_in, channels_out, kernel, stride=1):
     return nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that does not count its batches: with a momentum nobody reads the count, and on a GPU each
+    layer would launch a kernel for it. The buffer stays, since torchvision's state_dict has it."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                            self.momentum, self.eps)
+
+
 class Block(nn.Module):
     """Basic: 3x3, 3x3. Bottleneck: 1x1, 3x3 of `inner` channels, 1x1. `out` channels leave both."""
 
@@ -35,15 +44,15 @@ class Block(nn.Module):
         super().__init__()
         self.bottleneck = bottleneck
         if bottleneck:
-            self.conv1, self.bn1 = conv(channels, inner, 1), nn.BatchNorm2d(inner)
-            self.conv2, self.bn2 = conv(inner, inner, 3, stride), nn.BatchNorm2d(inner)
-            self.conv3, self.bn3 = conv(inner, out, 1), nn.BatchNorm2d(out)
+            self.conv1, self.bn1 = conv(channels, inner, 1), BatchNorm(inner)
+            self.conv2, self.bn2 = conv(inner, inner, 3, stride), BatchNorm(inner)
+            self.conv3, self.bn3 = conv(inner, out, 1), BatchNorm(out)
         else:
-            self.conv1, self.bn1 = conv(channels, out, 3, stride), nn.BatchNorm2d(out)
-            self.conv2, self.bn2 = conv(out, out, 3), nn.BatchNorm2d(out)
+            self.conv1, self.bn1 = conv(channels, out, 3, stride), BatchNorm(out)
+            self.conv2, self.bn2 = conv(out, out, 3), BatchNorm(out)
         self.downsample = None
         if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(conv(channels, out, 1, stride), nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential(conv(channels, out, 1, stride), BatchNorm(out))
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -90,7 +99,7 @@ class ResNet(nn.Module):
             self.conv1, self.maxpool = conv(3, stem, 7, 2), nn.MaxPool2d(3, 2, padding=1)
         else:
             self.conv1, self.maxpool = conv(3, stem, 3), nn.Identity()
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.bn1 = BatchNorm(stem)
         channels, self.stages = stem, []
         for i, n in enumerate(blocks):
             inner = stem * 2 ** i * width

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from logs.run import Run, Stopped, duration, evaluation_lines, load_weights, plain_errors, set_up
+from logs.run import Run, Stopped, evaluation_lines, load_weights, plain_errors, set_up
 from resnet import STAGES, ResNet, parameters
 
 # ---- recipe: the only lines that differ between the seven scripts ----
@@ -205,10 +205,10 @@ def main():
                     best_net = {name: t.clone() for name, t in net.state_dict().items()}
                 lr = sum(lr_at(i, args.iters, args.lr) for i in range(row_it, it)) / (it - row_it)
                 seen = (it - row_it) * args.batch
-                iter_per_min, img_per_s, wait_percent, seconds = run.new_row(it)
+                iter_per_min, img_per_s, wait_percent, elapsed = run.new_row(it)
                 run.log(f'{it:7} {lr:10.3e} {loss / seen:8.4f} {correct / seen:7.4f} {val_acc:7.4f} '
                         f'{val_nll:7.4f} {iter_per_min:8.0f} {img_per_s:7.0f} {wait_percent:6.1f} '
-                        f'{skipped:7.0f} {duration(seconds):>8}{" *" * is_best}\n')
+                        f'{skipped:7.0f} {elapsed:>8}{" *" * is_best}\n')
                 row_it = it
                 stats.zero_()
                 with run.not_training('saving'):

@@ -36,7 +36,6 @@ import torch.distributed as dist
 from data import UserError, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-DAYS = datetime.timedelta(days=2)  # as long as ranks wait for one that prepares data
 clock = time.perf_counter
 
 
@@ -54,8 +53,8 @@ def set_up(args, precision):
         if path := getattr(args, name):
             setattr(args, name, Path(os.path.expanduser(path)))  # --data-dir=~/data: no shell did it
     if min(args.width, args.batch, args.accum, args.iters) < 1 or args.seed not in range(2 ** 64) or \
-            not min(args.lr, args.wd, args.workers or 0) >= 0 or math.inf in (args.lr, args.wd):
-        raise UserError('--width, --batch, --accum and --iters start at 1, --lr, --wd and --workers at 0; '
+            not all(0 <= value < math.inf for value in (args.lr, args.wd, args.workers or 0)):
+        raise UserError('--width, --batch, --accum and --iters start at 1; --lr, --wd and --workers at 0; '
                         '--seed goes from 0 to 2^64 - 1.')
     rank, local_rank, world = ranks_of_environment()
     if args.batch % (world * args.accum):
@@ -79,7 +78,9 @@ def set_up(args, precision):
             raise UserError(f'--device mps: torch {torch.__version__} finds none. Use --device cpu.')
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
-        device, name = torch.device(args.device), f'{processor()}, {torch.get_num_threads()} threads'
+        cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+        name = re.search(r'model name\s*: (.*)|$', cpuinfo)[1] or platform.machine()
+        device, name = torch.device(args.device), f'{name}, {torch.get_num_threads()} threads'
     if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (world > 1 or args.accum > 1):
         raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
                         'unset the variable.')
@@ -100,13 +101,6 @@ def ranks_of_environment():
     except (TypeError, ValueError) as error:
         raise UserError('The environment has some of RANK, LOCAL_RANK and WORLD_SIZE, but not a number for '
                         'each. Start several ranks with torchrun; for one, unset all three.') from error
-
-
-def processor():
-    """The name of the CPU."""
-    cpuinfo = Path('/proc/cpuinfo')
-    name = re.search(r'model name\s*: (.*)', cpuinfo.read_text()) if cpuinfo.exists() else None
-    return name[1] if name else platform.machine()
 
 
 def can_compile():
@@ -132,7 +126,7 @@ class Ranks:
         self.received, self.exchange = [], None
         if world > 1:
             dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-            self.control = dist.new_group(backend='gloo', timeout=DAYS)
+            self.control = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=2))
             warnings.filterwarnings('ignore', '.*broadcast_buffers')  # torch 2.6 does not know its new name
 
     def sum(self, tensor):
@@ -327,14 +321,14 @@ class Run:
         """Ends an interval between rows.
 
         Returns: (updates per minute over the last 5000, evaluation included; images per second of training;
-        percent of training time that waited for data; seconds of the run).
+        percent of training time that waited for data; time since the start, h:mm:ss).
         """
         seconds = self.clocks['seconds'] = clock() - self.started
         self.rows.append((it, seconds, self.clocks['not_training']))
         iter_per_s, per_s = speed(self.rows)[0], speed(self.rows[-2:])[1]
         waited = 100 * self.clocks['waited'] * per_s / (it - self.rows[-2][0])
         self.clocks['waited'] = 0.0
-        return 60 * iter_per_s, self.args.batch * per_s, waited, seconds
+        return 60 * iter_per_s, self.args.batch * per_s, waited, duration(seconds)
 
     def save(self, **state):
         """Writes <stamp>.last.pt; the one before it becomes <stamp>.prev.pt."""
@@ -449,38 +443,30 @@ def write_checkpoint(path, previous=None, **content):
         temporary.unlink(missing_ok=True)
 
 
-def read_file(path):
-    """What torch.save has written to a file, on the CPU. No code in it is run.
+def read_checkpoint(path, config, *parts):
+    """What torch.save has written to a file, on the CPU: a dict with these parts, made with this config.
 
-    Raises UserError if it is damaged, or another kind of file.
+    Weights from elsewhere have no config, and may be read all the same. No code in the file is run. Raises
+    UserError if it is damaged, another kind of file, or made with another config.
     """
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
             raise ValueError('a CRC differs')
-        return torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        theirs = dict(state.get('config', config))
+        state |= {part: state[part] for part in parts}
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = 'damaged, or another kind of file'
         if isinstance(error, OSError):
             reason = error.strerror
         elif path.suffix == '.safetensors':
-            reason = 'a safetensors file: safetensors.torch.load_file reads it, torch.save makes one for us'
+            reason = 'safetensors.torch.load_file reads such a file: save what it gives with torch.save'
         elif 'Unsupported global' in str(error):
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
-
-
-def check_config(path, theirs, config):
     for key, value in config.items():
         if theirs.get(key) != value:
             raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
-
-
-def read_checkpoint(path, config):
-    """A checkpoint of a run with this config. Raises UserError if it is none."""
-    state = read_file(path)
-    if not isinstance(state, dict) or not {'config', 'net', 'run'} <= state.keys():
-        raise UserError(f'{path} is no checkpoint of a run.')
-    check_config(path, state['config'], config)
     return state
 
 
@@ -492,7 +478,7 @@ def read_last_checkpoint(last, previous, config):
     problem = None
     for path in filter(Path.exists, (last, previous)):
         try:
-            state = read_checkpoint(path, config)
+            state = read_checkpoint(path, config, 'net', 'run')
         except UserError as error:
             problem = problem or error
             continue
@@ -507,20 +493,16 @@ def read_last_checkpoint(last, previous, config):
 
 
 def load_weights(net, path, shape):
-    """Loads weights into a net: of a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict.
+    """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
-    shape: the keys of a checkpoint's config that say which net it is. Raises UserError if they do not fit.
+    shape: the part of a config that says which net it is. Raises UserError if the weights do not fit.
     """
-    weights = read_file(path)
-    theirs = weights.get('config', shape) if isinstance(weights, dict) else shape
-    check_config(path, theirs if isinstance(theirs, dict) else {}, shape)
+    weights = read_checkpoint(path, shape)
     for key in ('net', 'state_dict', 'model'):
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
-    try:
-        # prefixes that DistributedDataParallel and torch.compile add
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    try:  # without the prefixes that DistributedDataParallel and torch.compile add
         net.load_state_dict({re.sub(r'^((module|_orig_mod)\.)+', '', key): t for key, t in weights.items()})
-    except (RuntimeError, AttributeError, TypeError) as error:  # the message lists keys and shapes
+    except (RuntimeError, TypeError) as error:  # the message lists keys and shapes
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
 
