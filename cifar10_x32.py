@@ -31,7 +31,7 @@ LR = 0.1              # the highest learning rate; it grows with --batch, as ITE
 MOMENTUM = 0.9        # plain SGD: no Nesterov, no dampening
 WEIGHT_DECAY = 1e-3   # of every parameter, batch norm and biases too
 WARMUP = 0.1          # of ITERS, linear from 0; a cosine to 0 follows
-EVAL_EVERY = 1000     # updates between evaluations and checkpoints; where --iters is no more, a tenth of it
+EVAL_EVERY = 1000     # updates between evaluations and checkpoints; a tenth of --iters if that is less
 PRECISION = 'fp16'    # on CUDA; bf16 on a CPU that computes in it (AVX512-BF16, AMX), or else fp32
 # ==== identical in all seven scripts below this line (test_smoke.py) ====
 
@@ -180,7 +180,7 @@ def main():
 
     if best_net:
         run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint
-    every = EVAL_EVERY if args.iters > EVAL_EVERY else max(1, args.iters // 10)
+    every = min(EVAL_EVERY, max(1, args.iters // 10))
     batches, one = trn.batches(it), torch.ones((), device=device)
     ranks.catch_signals()
     if args.compile:

@@ -5,12 +5,12 @@
     python logs/bench.py --ours 20x1 20x4     without the usual style, which takes most of the time
     python logs/bench.py imagenet2012         how fast its files are decoded and cropped, on the CPU
 
-Images are generated, so no data set is needed. `ours` is the script itself without any flags but the net's;
-on CUDA, `graphs` is the same with CUDA graphs and `eager` with --no-compile. `usual` is NCHW, fp32, a
+Images are generated, so no data set is needed. `ours` is the script itself with its default precision; on CUDA,
+`graphs` is the same with TORCHINDUCTOR_CUDAGRAPHS=1 and `eager` with --no-compile. `usual` is NCHW, fp32, a
 DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since
 machines have slow minutes.
 
-iter/min, img/s   training alone: no evaluation, no checkpoints, not the first tenth of the updates
+iter/min, img/s   training alone: no evaluation, no checkpoints, not the updates before the first row
 wait %            of that time, until a batch was there
 start s           from the command to the end of the first update, or of the first evaluation if there is one
 memory MB         the most that the training process held (on CUDA: that it allocated on the device)
@@ -110,9 +110,7 @@ def child(style, *arguments):
     if style == 'usual':
         usual(*map(int, arguments))
     else:
-        if style == 'graphs':
-            import torch._inductor.config as inductor
-            inductor.triton.cudagraphs = True  # as torch.compile(mode='reduce-overhead') does
+        os.environ['TORCHINDUCTOR_CUDAGRAPHS'] = str(int(style == 'graphs'))
         sys.argv = list(arguments)
         runpy.run_path(arguments[0], run_name='__main__')
     if CUDA:
@@ -130,11 +128,11 @@ def measure(style, depth, width, size, batch, iters):
             style, ROOT / f'{DATASETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
             '--batch', batch, '--iters', iters, '--log-dir', folder, *['--no-compile'] * (style == 'eager')]
         command = [sys.executable, __file__, '--child', *map(str, command)]
-        start, first, rows, peak, precision = time.perf_counter(), 0.0, [], 0.0, 'fp32'
+        start, first, rows, peak, precision = time.perf_counter(), None, [], 0.0, 'fp32'
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for fields in map(str.split, process.stdout):
                 if len(fields) > 10 and fields[0].isdigit():
-                    first = first or time.perf_counter() - start
+                    first = first or (time.perf_counter() - start, int(fields[0]))
                     rows.append((float(fields[7]), float(fields[8])))
                 elif fields[:2] == ['precision', ':']:
                     precision = fields[2]
@@ -143,7 +141,8 @@ def measure(style, depth, width, size, batch, iters):
     if process.returncode:
         sys.exit(f'bench.py: this failed: {" ".join(command)}')
     img_per_s, wait = map(statistics.median, zip(*rows[1:], strict=True))
-    return img_per_s, wait, first - (max(1, iters // 10) - 1) * batch / img_per_s, peak, precision
+    seconds, updates = first
+    return img_per_s, wait, seconds - (updates - 1) * batch / img_per_s, peak, precision
 
 
 def matrix_rate(precision):
