@@ -90,11 +90,11 @@ def set_up(args, precision):
 def ranks_of_environment():
     """(rank, local rank, number of ranks) as torchrun says them, or else (0, 0, 1)."""
     said = [os.environ.get(name) for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '')
     if not any(said):
-        if tasks not in ('', '0', '1'):
-            raise UserError(f'srun has started {tasks} copies of this script, and each would train alone: '
-                            'let it start one torchrun on each machine (README.md has an example).')
+        for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'):  # of srun, mpirun
+            if (count := os.environ.get(name, '')) not in ('', '0', '1'):
+                raise UserError(f'{name}={count}: so many copies of this script were started, and each would '
+                                'train alone. Start one torchrun on each machine (README.md has an example).')
         return 0, 0, 1
     try:
         return [int(value) for value in said]
