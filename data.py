@@ -105,19 +105,15 @@ def incomplete_allowed():
 def usable_cores():
     """The cores that this process may use: by its affinity mask and by the quota of its cgroups, from 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    limits = [(CGROUPS, ['cpu.max']), (CGROUPS / 'cpu', ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])]
-    with contextlib.suppress(OSError):  # outside of containers the limit stands in a folder below
-        for line in Path('/proc/self/cgroup').read_text().splitlines():
-            _, controllers, path = line.split(':', 2)
-            top, files = limits[bool(controllers)]
-            if not controllers or 'cpu' in controllers.split(','):
-                below = top / path.strip('/')
-                limits += [(folder, files) for folder in (below, *below.parents) if top in folder.parents]
-    for folder, files in limits:
+    folders = {CGROUPS, CGROUPS / 'cpu'}  # where a container sees its own limits: of cgroup 2, and 1
+    with contextlib.suppress(OSError):  # elsewhere they stand in folders below
+        for path in re.findall(r':/(.+)$', Path('/proc/self/cgroup').read_text(), re.MULTILINE):
+            for top in (CGROUPS, CGROUPS / 'cpu'):
+                folders |= {top / path, *(top / parent for parent in Path(path).parents)}
+    for folder, files in itertools.product(folders, (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])):
         with contextlib.suppress(OSError, ValueError):  # no such limit, or 'max'
             quota, period = map(int, ' '.join((folder / file).read_text() for file in files).split())
-            if quota > 0:
-                cores = min(cores, quota // period)
+            cores = min(cores, quota // period) if quota > 0 else cores
     return max(1, cores)
 
 
@@ -268,7 +264,7 @@ class Progress:
 # ---- preparation: source files, found by name ----
 
 CLASS = r'n\d+|\d+'  # name of a class folder: a wnid or an integer
-CLUTTER = r'\..*|@.*|__MACOSX|Thumbs\.db|desktop\.ini'
+CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in folders
 
 
 def is_image(file):
@@ -314,9 +310,11 @@ def files_of(source):
     """{path relative to the folder or zip file: the same as a Path or zipfile.Path} of the files in it."""
     if source.is_dir():
         paths = (Path(folder, f) for folder, _, files in os.walk(source, followlinks=True) for f in files)
-        return {path.relative_to(source).as_posix(): path for path in paths}
-    zipped = open_zip(source)
-    return {member: zipfile.Path(zipped, member) for member in zipped.namelist() if not member.endswith('/')}
+        found = {path.relative_to(source).as_posix(): path for path in paths}
+    else:
+        zipped = open_zip(source)
+        found = {path: zipfile.Path(zipped, path) for path in zipped.namelist() if not path.endswith('/')}
+    return {path: file for path, file in found.items() if not re.search(f'(^|/)({CLUTTER})(/|$)', path)}
 
 
 def open_zip(path):
@@ -409,32 +407,38 @@ def decode(data, path, box=None):
     return np.asarray(image.resize((box, box), Image.BOX) if box else image)
 
 
+def write_images(file, size, chunks, total):
+    """Writes uint8 chunks of n x size x size x 3 one after the other into a new .npy file, with progress."""
+    progress, count = Progress(file.stem.replace('_', ' '), total), 0
+    header = {'descr': '|u1', 'fortran_order': False}
+    with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
+        np.lib.format.write_array_header_1_0(out, header | {'shape': (0, size, size, 3)})
+        for images in chunks:
+            out.write(images)
+            count += len(images)
+            progress(count)
+        out.seek(0)  # numpy leaves room in the header for the count to grow
+        np.lib.format.write_array_header_1_0(out, header | {'shape': (count, size, size, 3)})
+
+
 def decode_all(read, count, file, size, resize=False):
     """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
 
     resize: to that size, by pillow's box filter; or else images of another size are an error.
     """
-    shape = count, size, size, 3
-    progress = Progress(file.stem.replace('_', ' '), count)
-
     def work(start):
         images = []
         for i in range(start, min(start + 64, count)):
             encoded, path = read(i)
             images.append(decode(encoded, path, size if resize else None))
-            if images[-1].shape != shape[1:]:
+            if images[-1].shape != (size, size, 3):
                 raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
         return np.stack(images)
 
     # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
     pool = ThreadPoolExecutor(usable_cores())
     try:
-        with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
-            np.lib.format.write_array_header_1_0(out, header)
-            for i, images in enumerate(pool.map(work, range(0, count, 64))):
-                out.write(images)
-                progress(min(64 * (i + 1), count))
+        write_images(file, size, pool.map(work, range(0, count, 64)), count)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -526,7 +530,7 @@ class ArrayUnpickler(pickle._Unpickler):
 
 
 def prepare_imagenet1k(name, data_dir, folder):
-    """Downsampled ImageNet, from the official batches (pickles or .npz) or else from imagenet2012/."""
+    """Downsampled ImageNet, from the official batches or else from imagenet2012/ by pillow's box filter."""
     size, found = SETS[name]['size'], {}  # name of a batch -> its path, on disk or in a zip
     for source in sources(name, data_dir):
         if source.name.lower() != 'imagenet2012':
@@ -535,27 +539,28 @@ def prepare_imagenet1k(name, data_dir, folder):
     wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
     missing = [batch for batches in wanted.values() for batch in batches if batch not in found]
     if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
-        return prepare_from_imagenet(data_dir, folder, size)
+        parts, wnids, about = open_imagenet(data_dir, packed=False)
+        for which, images in (('train', parts['train']), ('test', parts['val'])):
+            decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
+            np.save(folder / f'{which}_labels.npy', images.labels)
+        return describe(folder, f'{about}, resized to {size} px, box filter', wnids)
     if len(missing) == 11 or (missing and not incomplete_allowed()):
         raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
                         f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
                         'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
+    full = {'train': SETS[name]['train'], 'test': SETS[name]['val']}
     for which, batches in wanted.items():
-        progress, labels = Progress(f'{which} batches', len(batches)), []
-        with open(folder / f'{which}_images.npy', 'wb') as file:
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': (0, size, size, 3)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for i, batch in enumerate(batches):
+        labels = [np.empty(0, np.int64)]
+
+        def chunks(batches=batches, labels=labels):
+            for batch in batches:
                 if batch in found:
                     images, more = read_batch(found[batch], size)
-                    for start in range(0, len(images), 1000):
-                        file.write(images[start:start + 1000].transpose(0, 2, 3, 1).tobytes())
                     labels.append(more)
-                progress(i + 1)
-            labels = np.concatenate(labels or [np.empty(0, np.int64)])
-            file.seek(0)  # numpy leaves room in the header for the count to grow
-            np.lib.format.write_array_header_1_0(file, header | {'shape': (len(labels), size, size, 3)})
-        np.save(folder / f'{which}_labels.npy', labels)
+                    for start in range(0, len(images), 1000):
+                        yield np.ascontiguousarray(images[start:start + 1000].transpose(0, 2, 3, 1))
+        write_images(folder / f'{which}_images.npy', size, chunks(), full[which])
+        np.save(folder / f'{which}_labels.npy', np.concatenate(labels))
     describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
 
 
@@ -576,15 +581,6 @@ def read_batch(path, size):
     except Exception as error:  # damaged bytes make pickle and zipfile raise almost anything
         raise UserError(f'{path} is not a downsampled ImageNet batch ({error}). Fetch it again.') from error
     return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
-
-
-def prepare_from_imagenet(data_dir, folder, size):
-    """Downsampled ImageNet from the original images, by pillow's box filter."""
-    parts, wnids, _ = open_imagenet(data_dir, packed=False)
-    for which, images in (('train', parts['train']), ('test', parts['val'])):
-        decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
-        np.save(folder / f'{which}_labels.npy', images.labels)
-    describe(folder, f'imagenet2012 resized to {size} px, box filter, classes are the sorted wnids', wnids)
 
 
 SOURCES = {  # what prepares a set, which names its sources have, and what becomes of a set that has none
@@ -715,8 +711,9 @@ def open_imagenet(data_dir, packed=True):
     if not listed or (len(listed) < 2 and not incomplete_allowed()):
         missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
         raise UserError(f'{root} has no images in {missing}/: put {", ".join(ARCHIVES)} (image-net.org) '
-                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, or '
-                        f'try the script with --synthetic. (For --eval, val and {INCOMPLETE}=1 are enough.)')
+                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
+                        'or try the script with --synthetic. (val is enough for --eval with '
+                        f'{INCOMPLETE}=1.)')
     for part, (classes, files, _) in listed.items():
         if not classes:
             listed[part] = classes_in_flat_folder(folders[part], files, lists)
@@ -819,7 +816,7 @@ def unpack(tar, root, progress=None):
     for member in tar:
         name = member.name.rsplit('/', 1)[-1]
         if re.fullmatch(r'n\d{8}\.tar', name):
-            with tarfile.open(fileobj=tar.extractfile(member)) as inner_tar:
+            with tarfile.open(fileobj=tar.extractfile(member), mode='r:') as inner_tar:
                 unpack(inner_tar, root)
         for pattern, home in MEMBERS if member.isfile() else ():
             if match := re.fullmatch(pattern, name):
@@ -989,8 +986,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         if len(unseen):
             remedy = 'Take these out, or add training images.' if not facts['test'] else (
                 'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
-            raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
-                            f'as class {unseen[-1]}. {remedy}')
+            raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, '
+                            f'such as class {unseen[-1]}. {remedy}')
     return trn, evals, about
 
 
