@@ -1201,33 +1201,38 @@ class EvalBatches:
 
 @functools.cache
 def jpeg_decoder():
-    """(name, function) of the quickest JPEG decoder that works here.
+    """(name, function) of the quickest JPEG decoder that works here: torchvision, torchcodec, else pillow.
 
-    function: uint8 tensor of the encoded bytes -> uint8 tensor, channels x H x W. It raises RuntimeError or
-    ValueError for damaged bytes and other formats; pillow's is one that always does: decode() has it.
+    function: uint8 tensor of the encoded bytes -> uint8 tensor, channels x H x W; RuntimeError or ValueError
+    for damaged bytes and other formats. None for pillow, which decode() has.
     """
+    def upright(encoded, decode_jpeg):
+        if b'Exif' in encoded[:2 ** 16].numpy().tobytes():  # torchcodec turns images as EXIF says
+            raise ValueError
+        return decode_jpeg(encoded, mode='UNCHANGED')
+
     buffer = io.BytesIO()
     Image.new('RGB', (8, 8)).save(buffer, 'JPEG')
     encoded = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    for module, options in (('torchvision.io', {}), ('torchcodec.decoders', {'mode': 'UNCHANGED'})):
+    for module in ('torchvision.io', 'torchcodec.decoders'):
         with contextlib.suppress(Exception), warnings.catch_warnings():  # it may lack libraries
             warnings.simplefilter('ignore')
-            decoder = functools.partial(importlib.import_module(module).decode_jpeg, **options)
-            if decoder(encoded).shape == (3, 8, 8):
-                return module.partition('.')[0], decoder
-
-    def none(encoded):
-        raise ValueError
-    return 'pillow', none
+            decode_jpeg = importlib.import_module(module).decode_jpeg
+            if module.startswith('torchcodec'):
+                decode_jpeg = functools.partial(upright, decode_jpeg=decode_jpeg)
+            if decode_jpeg(encoded).shape == (3, 8, 8):
+                return module.partition('.')[0], decode_jpeg
+    return 'pillow', None
 
 
 def decode_tensor(encoded, path):
     """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
-    with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():  # pillow has the last word
-        warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
-        image = jpeg_decoder()[1](torch.from_numpy(encoded))
-        if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
-            return image.expand(3, -1, -1)
+    if decode_jpeg := jpeg_decoder()[1]:
+        with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
+            image = decode_jpeg(torch.from_numpy(encoded))
+            if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
+                return image.expand(3, -1, -1)
     return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
 
 
@@ -1365,6 +1370,8 @@ def kill_processes(processes):
 
 
 def start_worker(worker):
+    # a main process that is killed takes this one along, which a forkserver may have started, not it
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a cluster sends them to all processes: the main
     keep_freed_memory()                        # one answers, and ends this one
