@@ -138,7 +138,7 @@ def prepare(name, data_dir):
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
-    require_folders(final)
+    require_folders(data_dir if name == 'imagenet2012' else final)  # there may be a pack of it
     if name == 'imagenet2012':
         open_imagenet(data_dir)  # lists its files, once
         return
@@ -241,7 +241,7 @@ def describe(folder, about, classes=()):
 def class_names(folder):
     """The lines of <folder>/classes.txt; [] without that file."""
     path = folder / 'classes.txt'
-    return path.read_text(encoding='utf-8').split('\n')[:-1] if path.exists() else []
+    return path.read_text('utf-8', 'replace').rstrip('\n').split('\n') if path.exists() else []
 
 
 class Progress:
@@ -294,16 +294,16 @@ def find_below(root, pattern):
             if re.fullmatch(pattern, entry.name):
                 yield folder / entry.name
             if entry.is_dir() and len(folder.parts) < len(root.parts) + 5 and not re.fullmatch(
-                    f'{CLASS}|{CLUTTER}|Annotations', entry.name):
+                    f'{CLASS}|{CLUTTER}|Annotations|test', entry.name):
                 folders.append(folder / entry.name)
 
 
 def sources(name, data_dir):
-    """Files and folders in data_dir that a set is made from, folders first."""
+    """Files and folders in data_dir that a set is made from, the first choice first."""
     found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
              if re.fullmatch(SOURCES[name][1], path.name, re.IGNORECASE)
              and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
-    return sorted(found, key=lambda path: (path.is_file(), path))
+    return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
 
 
 def files_of(source):
@@ -602,7 +602,7 @@ SOURCES = {  # what prepares a set, which names its sources have, and what becom
 
 ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
 TRUTH = 'ILSVRC2012_validation_ground_truth.txt'
-LISTS = 'LOC_val_solution.csv', 'val_annotations.txt', 'meta.mat', TRUTH, 'LOC_synset_mapping.txt'
+LISTS = 'LOC_val_solution.csv', 'meta.mat', TRUTH  # what says the classes of a flat val
 MEMBERS = (  # of the official archives: which names, and where they go in imagenet2012/
     (r'(n\d{8})_\d+\.JPEG', r'train/\1'), (r'ILSVRC2012_val_\d{8}\.JPEG', 'val'),
     (rf'meta\.mat|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
@@ -638,12 +638,12 @@ class EncodedImages:
                 from error
 
 
-def list_images(folder):
-    """([class folders], bytes array of the image files in them as class/file, int64 array: each file's
-    class folder, counted from 0).
+def list_images(folder, lists=()):
+    """([classes], bytes array of N image files as class/file, int64 array of N: their classes, from 0).
 
-    A folder without class folders gives [], its own files and zeros. Class folders are wnids (n01440764) or
-    integers. The list is kept in <folder>-index.npz, for as long as no class folder changes.
+    A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
+    wnid in an image's name, or what `lists` says (see listed_classes); UserError if none of them says it.
+    What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
     """
     classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
     modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
@@ -659,10 +659,12 @@ def list_images(folder):
         found = list(pool.map(files, classes or ['']))
     paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
     names = np.array([os.fsencode(path) for path in paths], np.bytes_)
+    if not classes:
+        classes, which = classes_by_name(folder, found[0], lists)
+        return classes, names, which
     counts = np.array([len(fs) for fs in found])
-    if classes:
-        with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
-            np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
+    with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
+        np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
     return classes, names, np.repeat(np.arange(len(counts)), counts)
 
 
@@ -700,23 +702,20 @@ def open_imagenet(data_dir, packed=True):
     if packed and pack.is_dir():
         return open_pack(pack)
     require_folders(root / 'train', root / 'val')
-    lists, listed, folders = {}, {}, {}
     beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
-    for path in [*find_below(root, '|'.join(map(re.escape, ('train', 'val', *LISTS)))),
-                 *(folder / name for folder in beside for name in LISTS if (folder / name).is_file())]:
-        if path.is_file():
-            lists.setdefault(path.name, path)
-        elif path.name not in listed and len((found := list_images(inner(path)))[1]):
-            folders[path.name], listed[path.name] = inner(path), found
+    found = [*find_below(root, '|'.join(map(re.escape, ('train', 'val', *LISTS)))),
+             *(folder / name for folder in beside for name in LISTS)]
+    lists = {path.name: path for path in reversed(found) if path.is_file()}
+    folders, listed = {}, {}
+    for path in filter(Path.is_dir, found):
+        if path.name not in listed and len((images := list_images(inner(path), lists))[1]):
+            folders[path.name], listed[path.name] = inner(path), images
     if not listed or (len(listed) < 2 and not incomplete_allowed()):
         missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
         raise UserError(f'{root} has no images in {missing}/: put {", ".join(ARCHIVES)} (image-net.org) '
                         f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
                         'or try the script with --synthetic. (val is enough for --eval with '
                         f'{INCOMPLETE}=1.)')
-    for part, (classes, files, _) in listed.items():
-        if not classes:
-            listed[part] = classes_in_flat_folder(folders[part], files, lists)
     wnids = class_order([listed[part][0] for part in listed], lists)
     if len(wnids) != facts['classes'] and not incomplete_allowed():
         raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
@@ -730,9 +729,8 @@ def open_imagenet(data_dir, packed=True):
     return parts, wnids, f'imagenet2012, classes are {which}'
 
 
-def classes_in_flat_folder(folder, files, lists):
-    """What list_images gives, for images in no class folders: by the wnids in their names, or a list."""
-    names = [os.fsdecode(file).rsplit('/', 1)[-1] for file in files.tolist()]
+def classes_by_name(folder, names, lists):
+    """([wnids], int64 array: the place of each image's wnid in them), by the file names, or the lists."""
     wnids = [class_of(name, {}) for name in names]
     if None in wnids:
         listed = listed_classes(lists)
@@ -742,14 +740,13 @@ def classes_in_flat_folder(folder, files, lists):
                         f'{names[wnids.index(None)]}. For the val of imagenet2012, put {ARCHIVES[2]} beside '
                         f'it and run python data.py unpack imagenet2012, or put {LISTS[0]} there.')
     classes, which = np.unique(wnids, return_inverse=True)
-    return classes.tolist(), files, which
+    return classes.tolist(), which
 
 
 def listed_classes(lists):
-    """{image's file name without its ending: wnid}, from a csv or text, or else from the development kit."""
-    for file in LISTS[:2]:
-        if file in lists:
-            return parse_list(lists[file].read_bytes())
+    """{image's file name without its ending: wnid}, from the csv, or else from the development kit."""
+    if LISTS[0] in lists:
+        return parse_list(lists[LISTS[0]].read_bytes())
     if TRUTH not in lists or 'meta.mat' not in lists:
         return {}
     wnids, ids = kit_wnids(lists), lists[TRUTH].read_text('utf-8', 'replace').split()
@@ -791,11 +788,11 @@ def unpack_imagenet(data_dir):
     if not found:
         raise UserError(f'None of {", ".join(ARCHIVES)} is in {data_dir}: fetch them from https://image-net.org')
     val = root / 'val'
-    if ARCHIVES[1] in found and val.is_dir() and (listed := list_images(val))[0]:
+    if ARCHIVES[1] in found and val.is_dir() and any(re.fullmatch(CLASS, f) for f in os.listdir(val)):
         del found[ARCHIVES[1]]  # somebody has sorted its images into class folders
-        if len(listed[1]) < SETS['imagenet2012']['val'] and not incomplete_allowed():
-            raise UserError(f'{val} has class folders, but only {len(listed[1])} images in them. Delete '
-                            f'{val}, then run this again.')
+        if (count := len(list_images(val)[1])) < SETS['imagenet2012']['val'] and not incomplete_allowed():
+            raise UserError(f'{val} has class folders, but only {count} images in them. Delete {val}, then '
+                            'run this again.')
     for archive in found.values():
         progress = Progress(f'{archive}, MB', archive.stat().st_size // 10 ** 6 + 2)
         try:
@@ -887,7 +884,7 @@ def open_pack(pack):
         full = SETS['imagenet2012'][part]
         if len(names) != full and not incomplete_allowed():
             raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
-    return parts, wnids, (pack / 'about.txt').read_text().strip()
+    return parts, wnids, (pack / 'about.txt').read_text('utf-8', 'replace').strip()
 
 
 # ---- opening ----
@@ -995,8 +992,6 @@ def open_test_set(folder, wnids, class_count, image_count):
     """EncodedImages of one of IMAGENET_TESTS. Raises UserError if it is not complete."""
     folder = inner(folder)
     listed = list_images(folder)
-    if not listed[0]:
-        listed = classes_in_flat_folder(folder, listed[1], {})
     if not len(listed[1]):
         raise UserError(f'{folder} has no images.')
     return open_folder(folder, listed, wnids, class_count, image_count)
@@ -1059,7 +1054,7 @@ def read_arrays(name, folder, remedy=None):
                             f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
         parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
     about = folder / 'about.txt'
-    return *parts, about.read_text().strip() if about.exists() else 'ready-made arrays'
+    return *parts, about.read_text('utf-8', 'replace').strip() if about.exists() else 'ready-made arrays'
 
 
 # ---- batches of arrays ----
@@ -1370,8 +1365,10 @@ def kill_processes(processes):
 
 
 def start_worker(worker):
-    # a main process that is killed takes this one along, which a forkserver may have started, not it
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def follow():  # a main process that is killed: the loader looks at who has started us, maybe a forkserver
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a cluster sends them to all processes: the main
     keep_freed_memory()                        # one answers, and ends this one
