@@ -712,10 +712,9 @@ def open_imagenet(data_dir, packed=True):
             folders[path.name], listed[path.name] = inner(path), images
     if not listed or (len(listed) < 2 and not incomplete_allowed()):
         missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
-        raise UserError(f'{root} has no images in {missing}/: put {", ".join(ARCHIVES)} (image-net.org) '
-                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
-                        'or try the script with --synthetic. (val is enough for --eval with '
-                        f'{INCOMPLETE}=1.)')
+        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) into '
+                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, or try '
+                        f'the script with --synthetic. (val is enough for --eval with {INCOMPLETE}=1.)')
     wnids = class_order([listed[part][0] for part in listed], lists)
     if len(wnids) != facts['classes'] and not incomplete_allowed():
         raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
