@@ -43,7 +43,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 import warnings
 import zipfile
@@ -712,9 +711,9 @@ def open_imagenet(data_dir, packed=True):
             folders[path.name], listed[path.name] = inner(path), images
     if not listed or (len(listed) < 2 and not incomplete_allowed()):
         missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
-        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) into '
-                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, or try '
-                        f'the script with --synthetic. (val is enough for --eval with {INCOMPLETE}=1.)')
+        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) '
+                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
+                        f'or try the script with --synthetic. (For --eval, val and {INCOMPLETE}=1 will do.)')
     wnids = class_order([listed[part][0] for part in listed], lists)
     if len(wnids) != facts['classes'] and not incomplete_allowed():
         raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
@@ -1302,14 +1301,11 @@ class JpegBatches(torch.utils.data.Dataset):
         return images.permute(0, 3, 1, 2), labels
 
     def __getitem__(self, key):
-        """A loader process's task: the piece, or the error, which, if raised, would arrive in other words."""
+        """A loader process's task: the piece, or a UserError: raised, it would come with a traceback."""
         try:
             return self.piece(key)
         except UserError as error:
             return error
-        except Exception as error:
-            return RuntimeError(f'{type(error).__name__}: {error}\n\nIn a loader process:\n'
-                                f'{traceback.format_exc()}')
 
     def stream(self, numbers):
         """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
@@ -1340,14 +1336,14 @@ class JpegBatches(torch.utils.data.Dataset):
                 try:
                     piece = next(loader, None)
                 except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                    if isinstance(error, RuntimeError) and all(process.is_alive() for process in processes):
-                        raise  # of the thread that pins memory
+                    if str(error).startswith('Caught '):  # and handed over, with its traceback: nobody died
+                        raise
                     reason = (str(error).splitlines() or ['no answer'])[0]
                     raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a '
                                   'smaller --workers helps; go on with --resume.') from error
                 if piece is None:
                     return
-                if isinstance(piece, Exception):
+                if isinstance(piece, UserError):
                     raise piece
                 yield piece
         finally:
