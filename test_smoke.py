@@ -831,6 +831,7 @@ def jpeg_train(folder, workers=0, rank=0, world=1, seed=7):
     return data.load('imagenet2012', folder, 8, 4, seed, 'cpu', rank, world, workers=workers)[0]
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
 def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
     monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
