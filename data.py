@@ -14,27 +14,35 @@ imagenet2012 stays in its JPEG files, which worker processes decode while the de
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
+
+Source files are found by their names, wherever they lie; a folder that holds nothing but one folder stands
+for it. The class of an image is that of its class folder, else the wnid (n01440764) in its file name, else
+what a list beside the images says.
 """
 import argparse
 import atexit
 import contextlib
 import ctypes
 import functools
+import glob
+import importlib
 import io
 import itertools
 import math
 import mmap
+import multiprocessing
 import os
 import pickle
 import queue
 import re
 import shutil
 import signal
-import socket
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -45,6 +53,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 IMAGENET_PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -68,7 +81,6 @@ IMAGENET_TESTS = {
     'IN-A': ('imagenet-a', 200, 7500),
     'IN-Sketch': ('imagenet-sketch', 1000, 50889),
 }
-ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
 INCOMPLETE = 'ALLOW_INCOMPLETE_DATA'  # environment variable: accept a part of a set, split in proportion
 PAD = 4  # pixels of zeros on each side before the random crop
@@ -76,6 +88,7 @@ SHIFTS = 2 * PAD + 1
 IGNORE = -100  # label of the images that fill up the last evaluation batch; cross_entropy passes over it
 CROP, SHORT_SIDE = 224, 256  # pixels: of encoded images, and to which they are resized for evaluation
 PIECE = 64  # images that a loader process decodes at once
+CGROUPS = Path('/sys/fs/cgroup')  # where Linux says what share of the cores a container may use
 
 
 class UserError(Exception):
@@ -86,7 +99,961 @@ def incomplete_allowed():
     return os.environ.get(INCOMPLETE, '') not in ('', '0')
 
 
-# ---- batches ----
+def usable_cores():
+    """The cores that this process may use: by its affinity mask and by the quota of its cgroups, from 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    folders = {CGROUPS, CGROUPS / 'cpu'}  # where a container sees its own limits: of cgroup 2, and 1
+    with contextlib.suppress(OSError):  # elsewhere they stand in folders below
+        for path in re.findall(r':/(.+)$', Path('/proc/self/cgroup').read_text(), re.MULTILINE):
+            for top in (CGROUPS, CGROUPS / 'cpu'):
+                folders |= {top / path, *(top / parent for parent in Path(path).parents)}
+    for folder, files in itertools.product(folders, (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])):
+        with contextlib.suppress(OSError, ValueError):  # no such limit, or 'max'
+            quota, period = map(int, ' '.join((folder / file).read_text() for file in files).split())
+            cores = min(cores, quota // period) if quota > 0 else cores
+    return max(1, cores)
+
+
+def torchvision(module):
+    """A module of torchvision, imported late because it takes a second. Raises UserError if that fails."""
+    try:
+        return importlib.import_module(f'torchvision.{module}')
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:  # as when built for another torch
+        raise UserError(f'torchvision cannot be imported ({" ".join(str(error).split())[:150]}). Install the '
+                        f'one that belongs to torch {torch.__version__}: https://pytorch.org/get-started') \
+            from error
+
+
+# ---- preparation ----
+
+def prepare(name, data_dir):
+    """Makes <data_dir>/<name>/ from the official files, downloaded where that is allowed, unless it exists.
+
+    Raises:
+        UserError: when files are missing, incomplete or damaged; says which, and where to get them.
+    """
+    if name not in SETS:
+        raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
+    data_dir, final = Path(data_dir), Path(data_dir) / name
+    require_folders(data_dir if name == 'imagenet2012' else final)  # there may be a pack of it
+    if name == 'imagenet2012':
+        open_imagenet(data_dir)  # lists its files, once
+        return
+    missing = ', '.join(file for file in FILES if not (final / file).exists())
+    if not missing:
+        return
+    if name not in SOURCES:  # a set of your own
+        raise UserError(f'{name} is not in {data_dir}: the folder {final} needs {missing}.')
+    if final.exists():
+        raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
+    try:
+        with new_folder(final) as folder:
+            SOURCES[name][0](name, data_dir, folder)
+            read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
+    except OSError as error:
+        # numpy names neither file nor cause when a write falls short
+        reason = f'{error.filename or data_dir}: {error.strerror or f"{error}; is the disk full?"}'
+        raise UserError(f'{name} could not be prepared ({reason}).') from error
+
+
+def require_folders(*paths):
+    """Raises UserError if a path, or one above it, is a file or a link to nothing; it need not exist."""
+    for path in itertools.chain(*((path, *path.parents) for path in paths)):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there. Is a disk not '
+                            'mounted? Else mend the link or delete it.')
+        if path.exists() and not path.is_dir():
+            raise UserError(f'{path} is a file, but a folder is needed there.')
+
+
+@contextlib.contextmanager
+def new_folder(final):
+    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set.
+
+    Whoever works in it holds a lock on it. One that nobody holds was left over, and is removed.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for old in final.parent.glob(f'{glob.escape(final.name)}.part.*'):
+        if fcntl and (held := lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(held)
+    held = None
+    while True:
+        folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
+        folder.mkdir()
+        held = fcntl and lock(folder, fcntl.LOCK_SH)
+        if folder.exists():  # or else it was taken for a left over one before the lock
+            break
+    try:
+        yield folder
+        for file in folder.iterdir():
+            with open(file, 'rb+') as f:
+                os.fsync(f.fileno())
+        try:
+            folder.rename(final)
+        except OSError:
+            if not final.exists():  # or else another process was quicker, and its set is as good
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def lock(folder, how):
+    """A file descriptor that holds a lock (fcntl.LOCK_...) on a folder until closed; None if that fails."""
+    file = None
+    with contextlib.suppress(OSError):  # held by another process, or a file system without locks
+        file = os.open(folder, os.O_RDONLY)
+        fcntl.flock(file, how)
+        return file
+    if file is not None:
+        os.close(file)
+    return None
+
+
+@contextlib.contextmanager
+def new_file(final):
+    """A file to write, under a temporary name that becomes `final` in the end, or vanishes on an error."""
+    part = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
+    try:
+        with open(part, 'xb') as file:
+            yield file
+        part.replace(final)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_arrays(folder, which, images, labels):
+    np.save(folder / f'{which}_images.npy', np.ascontiguousarray(images))
+    np.save(folder / f'{which}_labels.npy', np.asarray(labels, np.int64))
+
+
+def describe(folder, about, classes=()):
+    (folder / 'about.txt').write_text(about + '\n', encoding='utf-8')
+    if classes:
+        (folder / 'classes.txt').write_text('\n'.join(classes) + '\n', encoding='utf-8')
+
+
+def class_names(folder):
+    """The lines of <folder>/classes.txt; [] without that file."""
+    path = folder / 'classes.txt'
+    return path.read_text('utf-8', 'replace').rstrip('\n').split('\n') if path.exists() else []
+
+
+class Progress:
+    """A line that counts up: twice a second in place on a terminal, every tenth of the way elsewhere."""
+
+    def __init__(self, label, total):
+        self.label, self.total, self.start, self.shown = label, total, time.monotonic(), 0
+
+    def __call__(self, done):
+        seconds, live = time.monotonic() - self.start, sys.stdout is not None and sys.stdout.isatty()
+        step = int(seconds * 2) if live else done * 10 // self.total
+        if done == self.total or step > self.shown:
+            self.shown = step
+            left = seconds / done * (self.total - done)
+            text = f'{self.label}: {done:,} of {self.total:,}, {left:.0f} s left'
+            end = '' if live and done < self.total else '\n'
+            print(f'\r{text}\033[K' if live else text, end=end, flush=True)
+
+
+# ---- preparation: source files, found by name ----
+
+CLASS = r'n\d+|\d+'  # name of a class folder: a wnid or an integer
+CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in folders
+
+
+def is_image(file):
+    return file.lower().endswith(('.jpeg', '.jpg', '.png')) and not file.startswith('.')
+
+
+def inner(folder):
+    """The folder itself, or the one that it stands for: the only folder in it, if it holds no images."""
+    while folder.is_dir():
+        folders = []
+        for entry in os.scandir(folder):
+            if is_image(entry.name) or re.fullmatch(CLASS, entry.name):
+                return folder
+            if entry.is_dir() and not re.fullmatch(CLUTTER, entry.name):
+                folders.append(entry.name)
+        if len(folders) != 1:
+            break
+        folder = folder / folders[0]
+    return folder
+
+
+def find_below(root, pattern):
+    """Yields the paths of such a name up to five folders below root, nearest first, not in class folders."""
+    folders = [root] if root.is_dir() else []
+    for folder in folders:  # it grows meanwhile
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if re.fullmatch(pattern, entry.name):
+                yield folder / entry.name
+            if entry.is_dir() and len(folder.parts) < len(root.parts) + 5 and not re.fullmatch(
+                    f'{CLASS}|{CLUTTER}|Annotations|test', entry.name):
+                folders.append(folder / entry.name)
+
+
+def sources(name, data_dir):
+    """Files and folders in data_dir that a set is made from, the first choice first."""
+    found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
+             if re.fullmatch(SOURCES[name][1], path.name, re.IGNORECASE)
+             and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
+    return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
+
+
+def files_of(source):
+    """{path relative to the folder or zip file: the same as a Path or zipfile.Path} of the files in it."""
+    if source.is_dir():
+        paths = (Path(folder, f) for folder, _, files in os.walk(source, followlinks=True) for f in files)
+        found = {path.relative_to(source).as_posix(): path for path in paths}
+    else:
+        zipped = open_zip(source)
+        found = {path: zipfile.Path(zipped, path) for path in zipped.namelist() if not path.endswith('/')}
+    return {path: file for path, file in found.items() if not re.search(f'(^|/)({CLUTTER})(/|$)', path)}
+
+
+def open_zip(path):
+    """A zip file whose members all lie inside of their folder; UserError otherwise."""
+    try:
+        zipped = zipfile.ZipFile(path)
+    except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
+        raise UserError(f'{path} is damaged ({error}). Fetch it again.') from error
+    for member in zipped.namelist():
+        if member.startswith('/') or '..' in member.replace('\\', '/').split('/') or ':' in member:
+            raise UserError(f'{path} is refused: its member {member} points outside of its folder.')
+    return zipped
+
+
+def read_source(path):
+    """The bytes of a file that files_of has found. Raises UserError if the zip file is damaged."""
+    try:
+        return path.read_bytes()
+    except Exception as error:
+        if isinstance(path, Path):
+            raise
+        raise UserError(f'{path} is damaged ({error}). Fetch its archive again.') from error
+
+
+def class_of(path, listed):
+    """Class of an image: its nearest class folder, the wnid in its name, or listed[its name]; else None."""
+    *folders, file = path.split('/')
+    for folder in reversed(folders):
+        if re.fullmatch(CLASS, folder):
+            return folder
+    wnid = re.search(r'(?<![A-Za-z0-9])n\d+(?=[_.])', file)
+    return wnid[0] if wnid else listed.get(file.partition('.')[0])
+
+
+def parse_list(content):
+    """{image's file name without its ending: wnid} from lines that begin with both."""
+    text = content.decode('utf-8-sig', 'replace').replace('\r', '\n')
+    return {name: wnid for name, wnid in re.findall(r'^([^\s,.]+)\S*?[\s,]+(n\d+)\b', text, re.MULTILINE)}
+
+
+# ---- preparation: small images ----
+
+def prepare_cifar(name, data_dir, folder):
+    """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
+    datasets = torchvision('datasets')
+    cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
+    archive, source = data_dir / cifar.filename, inner(data_dir / cifar.base_folder)
+    source = source.with_name(cifar.base_folder)
+    files = [(source / file, md5) for file, md5 in (
+        *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5']))]
+    wrong = [path for path, md5 in [*files, (archive, cifar.tgz_md5)]
+             if not datasets.utils.check_integrity(str(path), md5)]
+    damaged = [path for path in wrong if path.exists()]
+    problem = f'{name} is not in {data_dir}'
+    if damaged:
+        problem = f'{damaged[0]} is damaged (its MD5 differs)'
+    elif source.is_dir():
+        problem = f'{wrong[0]} is missing'
+    # downloaded and extracted in a folder of our own: another process may be at it, too
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        root = source.parent if wrong in ([], [archive]) else Path(own)
+        try:
+            if root == Path(own) and archive not in wrong:
+                datasets.utils.extract_archive(str(archive), own)
+            train, test = cifar(root, train=True, download=True), cifar(root, train=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
+                            f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
+        with contextlib.suppress(FileNotFoundError):
+            Path(own, archive.name).replace(archive)
+    save_arrays(folder, 'train', train.data, train.targets)
+    save_arrays(folder, 'test', test.data, test.targets)
+    describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
+
+
+def decode(data, path, box=None):
+    """JPEG bytes -> uint8 H x W x 3, as pillow's convert('RGB') has it; box: side to resize to, box filter.
+
+    EXIF orientation is ignored, as everywhere in ImageNet practice. Raises UserError with the path.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # 'Corrupt EXIF data': harmless
+            image = Image.open(io.BytesIO(data))
+            if image.mode.startswith('I'):  # 16 bits: convert() would clip them
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert('RGB')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
+    return np.asarray(image.resize((box, box), Image.BOX) if box else image)
+
+
+def write_images(file, size, chunks, total):
+    """Writes uint8 chunks of n x size x size x 3 one after the other into a new .npy file, with progress."""
+    progress, count = Progress(file.stem.replace('_', ' '), total), 0
+    header = {'descr': '|u1', 'fortran_order': False}
+    with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
+        np.lib.format.write_array_header_1_0(out, header | {'shape': (0, size, size, 3)})
+        for images in chunks:
+            out.write(images)
+            count += len(images)
+            progress(count)
+        out.seek(0)  # numpy leaves room in the header for the count to grow
+        np.lib.format.write_array_header_1_0(out, header | {'shape': (count, size, size, 3)})
+
+
+def decode_all(read, count, file, size, resize=False):
+    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
+
+    resize: to that size, by pillow's box filter; or else images of another size are an error.
+    """
+    def work(start):
+        images = []
+        for i in range(start, min(start + 64, count)):
+            encoded, path = read(i)
+            images.append(decode(encoded, path, size if resize else None))
+            if images[-1].shape != (size, size, 3):
+                raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
+        return np.stack(images)
+
+    # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
+    pool = ThreadPoolExecutor(usable_cores())
+    try:
+        write_images(file, size, pool.map(work, range(0, count, 64)), count)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare_tiny_imagenet(name, data_dir, folder):
+    """TinyImageNet: classes are the sorted wnids, training images in a fixed order, official val as test."""
+    if name == 'TinyImageNet200_x32':
+        prepare('TinyImageNet200_x64', data_dir)
+        source = data_dir / 'TinyImageNet200_x64'
+        *parts, about = read_arrays('TinyImageNet200_x64', source)
+        for which, (images, labels) in zip(('train', 'test'), parts, strict=True):
+            small = np.empty((len(images), 32, 32, 3), np.uint8)
+            for i in range(0, len(images), 1000):  # exact 2 x 2 box average, halves rounded up
+                four = images[i:i + 1000].numpy().reshape(-1, 32, 2, 32, 2, 3).astype(np.uint16)
+                small[i:i + 1000] = (four.sum((2, 4), dtype=np.uint16) + 2) // 4
+            save_arrays(folder, which, small, labels)
+        return describe(folder, f'{about}; 2 x 2 box average', class_names(source))
+
+    root = next(iter(sources(name, data_dir)), None) or download_tiny_imagenet(data_dir, folder)
+    files = files_of(root)
+    texts = {path.rsplit('/', 1)[-1]: read_source(files[path]) for path in files if path.endswith('s.txt')}
+    listed = parse_list(texts.get('val_annotations.txt', b''))
+    words = dict(re.findall(rb'^(n\d+)\t([^\r\n]*)', texts.get('words.txt', b''), re.MULTILINE))
+    parts = {'train': {}, 'val': {}}  # of each file's name: its path and its class
+    for path in files:
+        *folders, file = path.split('/')
+        part = next((folder for folder in folders if folder in parts), None)
+        if part and is_image(file):
+            parts[part][file] = path, class_of(path, listed)
+    wnids = texts.get('wnids.txt', b'').decode('utf-8', 'replace').split()
+    wnids = sorted(wnids or {wnid for _, wnid in parts['train'].values()})
+    wanted = [f'{wnid}_{i}.JPEG' for wnid in wnids for i in range(500)]
+    wanted += [f'val_{i}.JPEG' for i in range(10000)]
+    absent = [file for file in wanted if file not in parts['train'] and file not in parts['val']]
+    if (absent or len(wnids) < SETS[name]['classes']) and not incomplete_allowed():
+        raise UserError(f'{root} is incomplete: {absent[0] if absent else "wnids.txt"} (with '
+                        f'{max(0, len(absent) - 1)} others) is missing. Fetch tiny-imagenet-200.zip again.')
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    for file, (_, wnid) in (*parts['train'].items(), *parts['val'].items()):
+        if wnid not in label:
+            reason = f'{wnid} is not in wnids.txt' if wnid else 'not in val_annotations.txt'
+            raise UserError(f'{root} is not TinyImageNet: {file} is there, but {reason}.')
+    if not parts['train'] or not parts['val']:
+        raise UserError(f'{root} is not TinyImageNet: train/ or val/ has no images.')
+    train = sorted(parts['train'].values(), key=lambda pair: (pair[1], pair[0].rsplit('/', 1)[-1]))
+    train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
+    for which, pairs in (('train', train), ('test', [pair for _, pair in sorted(parts['val'].items())])):
+        decode_all(lambda i, pairs=pairs: (read_source(files[pairs[i][0]]), files[pairs[i][0]]), len(pairs),
+                   folder / f'{which}_images.npy', 64)
+        np.save(folder / f'{which}_labels.npy', np.array([label[wnid] for _, wnid in pairs], np.int64))
+    describe(folder, 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order',
+             [f'{wnid} {words.get(wnid.encode(), b"").decode("utf-8", "replace")}'.strip() for wnid in wnids])
+
+
+def download_tiny_imagenet(data_dir, folder):
+    """Fetches tiny-imagenet-200.zip into data_dir, by way of a temporary folder; returns its path."""
+    url, archive = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', data_dir / 'tiny-imagenet-200.zip'
+    try:
+        torchvision('datasets.utils').download_url(url, str(folder), archive.name,
+                                                   '90528d7ca1a48142e341f4ef8d21d0de')
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}): put '
+                        f'{url} there, or try the script with --synthetic.') from error
+    (folder / archive.name).replace(archive)
+    return archive
+
+
+# ---- preparation: downsampled ImageNet ----
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
+
+    Based on the unpickler that is written in Python, as quick here: a few damaged bytes can make the other
+    one take 64 GB of memory.
+    """
+
+    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
+               ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
+               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
+               ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
+
+    def find_class(self, module, name):
+        module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
+        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
+            return lambda text, encoding: text.encode('latin1')
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        return self.ALLOWED[module, name]
+
+
+def prepare_imagenet1k(name, data_dir, folder):
+    """Downsampled ImageNet, from the official batches or else from imagenet2012/ by pillow's box filter."""
+    size, found = SETS[name]['size'], {}  # name of a batch -> its path, on disk or in a zip
+    for source in sources(name, data_dir):
+        if source.name.lower() != 'imagenet2012':
+            for path, file in sorted(files_of(source).items()):
+                found.setdefault(path.rsplit('/', 1)[-1].removesuffix('.npz'), file)
+    wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
+    missing = [batch for batches in wanted.values() for batch in batches if batch not in found]
+    if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
+        parts, wnids, about = open_imagenet(data_dir, packed=False)
+        for which, images in (('train', parts['train']), ('test', parts['val'])):
+            decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
+            np.save(folder / f'{which}_labels.npy', images.labels)
+        return describe(folder, f'{about}, resized to {size} px, box filter', wnids)
+    if len(missing) == 11 or (missing and not incomplete_allowed()):
+        raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
+                        f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
+                        'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
+    full = {'train': SETS[name]['train'], 'test': SETS[name]['val']}
+    for which, batches in wanted.items():
+        labels = [np.empty(0, np.int64)]
+
+        def chunks(batches=batches, labels=labels):
+            for batch in batches:
+                if batch in found:
+                    images, more = read_batch(found[batch], size)
+                    labels.append(more)
+                    for start in range(0, len(images), 1000):
+                        yield np.ascontiguousarray(images[start:start + 1000].transpose(0, 2, 3, 1))
+        write_images(folder / f'{which}_images.npy', size, chunks(), full[which])
+        np.save(folder / f'{which}_labels.npy', np.concatenate(labels))
+    describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
+
+
+def read_batch(path, size):
+    """One official batch: uint8 N x 3 x size x size, int64 N from 0. UserError if it is not one."""
+    try:
+        with path.open('rb') as file:
+            if path.name.endswith('.npz'):
+                batch = np.load(file, allow_pickle=False)
+            else:
+                batch = ArrayUnpickler(file, encoding='latin1').load()
+            images, labels = np.asarray(batch['data']), np.asarray(batch['labels'])
+        if (images.dtype, images.shape) != (np.uint8, (len(labels), 3 * size ** 2)) or (
+                labels.dtype.kind not in 'iu' or labels.ndim != 1):
+            raise ValueError(f'data are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}')
+        if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
+            raise ValueError(f'labels go from {labels.min()} to {labels.max()}, not 1 to 1000')
+    except Exception as error:  # damaged bytes make pickle and zipfile raise almost anything
+        raise UserError(f'{path} is not a downsampled ImageNet batch ({error}). Fetch it again.') from error
+    return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
+
+
+SOURCES = {  # what prepares a set, which names its sources have, and what becomes of a set that has none
+    'CIFAR10_x32': (
+        prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', 'downloaded when needed'),
+    'CIFAR100_x32': (prepare_cifar, r'cifar-100-python(\.tar\.gz)?', 'downloaded when needed'),
+    **{f'TinyImageNet200_x{size}': (
+        prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', 'downloaded when needed') for size in (32, 64)},
+    **{f'ImageNet1k_x{size}': (
+        prepare_imagenet1k, rf'imagenet{size}(\D.*)?|imagenet2012',
+        f'missing: put Imagenet{size}_train and Imagenet{size}_val, or imagenet2012, here')
+       for size in (32, 64)},
+    'imagenet2012': (
+        None, 'imagenet2012-pack|imagenet2012', 'missing: put the official archives here, then unpack'),
+}
+
+
+# ---- imagenet2012: image files, archives, pack ----
+
+ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
+TRUTH = 'ILSVRC2012_validation_ground_truth.txt'
+LISTS = 'LOC_val_solution.csv', 'meta.mat', TRUTH  # what says the classes of a flat val
+MEMBERS = (  # of the official archives: which names, and where they go in imagenet2012/
+    (r'(n\d{8})_\d+\.JPEG', r'train/\1'), (r'ILSVRC2012_val_\d{8}\.JPEG', 'val'),
+    (rf'meta\.mat|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
+
+
+class EncodedImages:
+    """JPEG (or other) images with their labels, in files of their own or one after the other in a single one.
+
+    Args:
+        path: the folder, or the single file. names: bytes array of N, paths relative to the folder.
+        labels: int64 array of N. starts: int64 array of N + 1, offsets in the single file, or else None.
+    """
+
+    def __init__(self, path, names, labels, starts=None):
+        self.path, self.names, self.labels, self.starts = path, names, labels, starts
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i):
+        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
+        where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
+        try:
+            if self.starts is None:
+                return np.fromfile(where, np.uint8), where
+            start, end = self.starts[i:i + 2].tolist()
+            encoded = np.empty(end - start, np.uint8)
+            with open(self.path, 'rb') as file:
+                file.seek(start)
+                return encoded[:file.readinto(encoded)], where
+        except OSError as error:
+            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
+                from error
+
+
+def list_images(folder, lists=()):
+    """([classes], bytes array of N image files as class/file, int64 array of N: their classes, from 0).
+
+    A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
+    wnid in an image's name, or what `lists` says (see listed_classes); UserError if none of them says it.
+    What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
+    """
+    classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
+    modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
+    index = folder.with_name(f'{folder.name}-index.npz')
+    with contextlib.suppress(Exception):  # whatever is wrong with it: the folders are read again
+        with np.load(index) as kept:
+            if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
+                return classes, kept['names'], np.repeat(np.arange(len(classes)), kept['counts'])
+
+    def files(name):
+        return sorted(f.name for f in os.scandir(folder / name) if is_image(f.name))
+    with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
+        found = list(pool.map(files, classes or ['']))
+    paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
+    names = np.array([os.fsencode(path) for path in paths], np.bytes_)
+    if not classes:
+        classes, which = classes_by_name(folder, found[0], lists)
+        return classes, names, which
+    counts = np.array([len(fs) for fs in found])
+    with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
+        np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
+    return classes, names, np.repeat(np.arange(len(counts)), counts)
+
+
+def open_folder(folder, listed, wnids, class_count, image_count):
+    """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
+
+    listed: what list_images(folder) gave. Raises UserError for an unknown class or another count.
+    """
+    names, files, which = listed
+    place = {wnid: i for i, wnid in enumerate(wnids)}
+    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
+    unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
+    if len(wnids) < SETS['imagenet2012']['classes'] and any(name.isdigit() for name in names):
+        unknown = unknown or names
+    if unknown:
+        raise UserError(f'{folder}: {unknown[0]} is not one of the {len(wnids)} classes of imagenet2012/.')
+    if (len(names), len(files)) != (class_count, image_count) and not incomplete_allowed():
+        raise UserError(f'{folder} holds {len(files)} of {image_count} images, in {len(names)} of '
+                        f'{class_count} classes. Unpack its archive again (for imagenet2012, python data.py '
+                        'unpack imagenet2012 adds what is missing; delete what does not belong there), or '
+                        f'accept a part with {INCOMPLETE}=1.')
+    return EncodedImages(folder, files, np.array(labels, np.int64)[which])
+
+
+def open_imagenet(data_dir, packed=True):
+    """({'train': EncodedImages, 'val': EncodedImages}, [wnids, sorted], str: their origin).
+
+    The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
+    ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
+
+    Raises:
+        UserError: when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
+    """
+    root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
+    if packed and pack.is_dir():
+        return open_pack(pack)
+    require_folders(root / 'train', root / 'val')
+    beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
+    found = [*find_below(root, '|'.join(map(re.escape, ('train', 'val', *LISTS)))),
+             *(folder / name for folder in beside for name in LISTS)]
+    lists = {path.name: path for path in reversed(found) if path.is_file()}
+    folders, listed = {}, {}
+    for path in filter(Path.is_dir, found):
+        if path.name not in listed and len((images := list_images(inner(path), lists))[1]):
+            folders[path.name], listed[path.name] = inner(path), images
+    if not listed or (len(listed) < 2 and not incomplete_allowed()):
+        missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
+        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) '
+                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
+                        f'or try the script with --synthetic. (For --eval, val and {INCOMPLETE}=1 will do.)')
+    wnids = class_order([listed[part][0] for part in listed], lists)
+    if len(wnids) != facts['classes'] and not incomplete_allowed():
+        raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
+                        f'{data_dir}, python data.py unpack imagenet2012 adds what is missing; delete what '
+                        'does not belong there.')
+    parts = {part: EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
+             for part in ('train', 'val')}
+    for part in listed:
+        parts[part] = open_folder(folders[part], listed[part], wnids, facts['classes'], facts[part])
+    which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
+    return parts, wnids, f'imagenet2012, classes are {which}'
+
+
+def classes_by_name(folder, names, lists):
+    """([wnids], int64 array: the place of each image's wnid in them), by the file names, or the lists."""
+    wnids = [class_of(name, {}) for name in names]
+    if None in wnids:
+        listed = listed_classes(lists)
+        wnids = [wnid or class_of(name, listed) for name, wnid in zip(names, wnids, strict=True)]
+    if None in wnids:
+        raise UserError(f'{folder} has no class folders, and nothing says the class of '
+                        f'{names[wnids.index(None)]}. For the val of imagenet2012, put {ARCHIVES[2]} beside '
+                        f'it and run python data.py unpack imagenet2012, or put {LISTS[0]} there.')
+    classes, which = np.unique(wnids, return_inverse=True)
+    return classes.tolist(), which
+
+
+def listed_classes(lists):
+    """{image's file name without its ending: wnid}, from the csv, or else from the development kit."""
+    if LISTS[0] in lists:
+        return parse_list(lists[LISTS[0]].read_bytes())
+    if TRUTH not in lists or 'meta.mat' not in lists:
+        return {}
+    wnids, ids = kit_wnids(lists), lists[TRUTH].read_text('utf-8', 'replace').split()
+    return {f'ILSVRC2012_val_{i + 1:08}': wnids[int(n) - 1] for i, n in enumerate(ids)
+            if n.isdigit() and 0 < int(n) <= len(wnids)}
+
+
+def kit_wnids(lists):
+    """The 1000 wnids in the order of the development kit's ids, which start at 1.
+
+    Its meta.mat is a MATLAB 5 file: a header of 128 bytes, then a tag of 8 and compressed data.
+    """
+    try:
+        meta = lists['meta.mat'].read_bytes()
+        if meta[128] == 15:  # miCOMPRESSED
+            meta = zlib.decompress(meta[136:])
+    except (OSError, IndexError, zlib.error) as error:
+        raise UserError(f'{lists["meta.mat"]} cannot be read ({error}). Delete it, put {ARCHIVES[2]} there '
+                        'and run python data.py unpack imagenet2012.') from error
+    found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
+    return [wnid.decode() for wnid in found[:SETS['imagenet2012']['classes']]]
+
+
+def class_order(found, lists):
+    """All 1000 wnids, sorted, where the classes found or the lists have them; else those found."""
+    full = SETS['imagenet2012']['classes']
+    if not any(len(classes) == full for classes in found):
+        found = found + [kit_wnids(lists) if 'meta.mat' in lists else [], set(listed_classes(lists).values())]
+    return sorted(next((classes for classes in found if len(classes) == full), set().union(*found[:2])))
+
+
+def unpack_imagenet(data_dir):
+    """Unpacks the official archives found in data_dir or in imagenet2012/; adds to what is there already."""
+    root = data_dir / 'imagenet2012'
+    require_folders(root / 'train', root / 'val')
+    names = '|'.join(map(re.escape, ARCHIVES)) + r'|n\d{8}\.tar'
+    found = {path.name: path for path in (*find_below(root, names), *(data_dir / name for name in ARCHIVES))
+             if path.is_file()}
+    if not found:
+        raise UserError(f'None of {", ".join(ARCHIVES)} is in {data_dir}: fetch them from https://image-net.org')
+    val = root / 'val'
+    if ARCHIVES[1] in found and val.is_dir() and any(re.fullmatch(CLASS, f) for f in os.listdir(val)):
+        del found[ARCHIVES[1]]  # somebody has sorted its images into class folders
+        if (count := len(list_images(val)[1])) < SETS['imagenet2012']['val'] and not incomplete_allowed():
+            raise UserError(f'{val} has class folders, but only {count} images in them. Delete {val}, then '
+                            'run this again.')
+    for archive in found.values():
+        progress = Progress(f'{archive}, MB', archive.stat().st_size // 10 ** 6 + 2)
+        try:
+            with tarfile.open(archive) as tar:
+                unpack(tar, root, progress)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise UserError(f'{archive} is damaged ({error}). Fetch it again.') from error
+        progress(progress.total)
+    open_imagenet(data_dir, packed=False)
+
+
+def unpack(tar, root, progress=None):
+    """Writes the images and lists of an official archive, and of those in it, below imagenet2012/.
+
+    A member's last name says what it is and where it goes, so that none can lead outside. What is there in
+    full size already stays.
+    """
+    for member in tar:
+        name = member.name.rsplit('/', 1)[-1]
+        if re.fullmatch(r'n\d{8}\.tar', name):
+            with tarfile.open(fileobj=tar.extractfile(member), mode='r:') as inner_tar:
+                unpack(inner_tar, root)
+        for pattern, home in MEMBERS if member.isfile() else ():
+            if match := re.fullmatch(pattern, name):
+                path = root / match.expand(home) / name
+                if not path.exists() or path.stat().st_size != member.size:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with tar.extractfile(member) as source, new_file(path) as file:
+                        shutil.copyfileobj(source, file)
+        if progress:
+            progress(min(progress.total - 1, member.offset_data // 10 ** 6 + 1))
+
+
+def pack_imagenet(data_dir, short_side=None):
+    """Writes imagenet2012-pack/: {train,val}.bin with the encoded images, {train,val}.npz with their index.
+
+    short_side: pixels; larger training images are resized to it (Lanczos) and encoded again, quality 90;
+    None keeps them. The images of val always keep their bytes, so that accuracies stay comparable.
+    """
+    parts, wnids, about = open_imagenet(data_dir, packed=False)
+    final = data_dir / 'imagenet2012-pack'
+    if final.exists():
+        raise UserError(f'{final} is there already. Delete it to have it made anew.')
+
+    def encode(images, i, side):
+        encoded, path = images.read(i)
+        if side is None:
+            return encoded.tobytes()
+        image, buffer = Image.fromarray(decode(encoded, path)), io.BytesIO()
+        if min(image.size) <= side:
+            return encoded.tobytes()
+        size = [side * length // min(image.size) for length in image.size]
+        image.resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
+        return buffer.getvalue()
+
+    try:
+        with new_folder(final) as folder, ThreadPoolExecutor(usable_cores()) as pool:
+            for part, images in parts.items():
+                progress, starts = Progress(part, len(images)), [0]
+                work = functools.partial(encode, images, side=short_side if part == 'train' else None)
+                with open(folder / f'{part}.bin', 'wb') as file:
+                    for first in range(0, len(images), 1024):
+                        for encoded in pool.map(work, range(first, min(first + 1024, len(images)))):
+                            file.write(encoded)
+                            starts.append(starts[-1] + len(encoded))
+                        progress(len(starts) - 1)
+                np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
+                         wnids=wnids)
+            how = f'short side {short_side}, quality 90; val as it is' if short_side else 'as it is'
+            describe(folder, f'{about}, packed: {how}')
+    except OSError as error:
+        raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
+
+
+def open_pack(pack):
+    """The same as open_imagenet, from what pack_imagenet has written."""
+    parts = {}
+    for part in ('train', 'val'):
+        try:
+            with np.load(pack / f'{part}.npz') as index:
+                names, labels, starts = index['names'], index['labels'], index['starts']
+                wnids = index['wnids'].tolist()
+            parts[part] = EncodedImages(pack / f'{part}.bin', names, labels, starts)
+            size = (pack / f'{part}.bin').stat().st_size
+            if size != starts[-1]:
+                raise ValueError(f'{part}.bin has {size} bytes, not {starts[-1]}')
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
+        full = SETS['imagenet2012'][part]
+        if len(names) != full and not incomplete_allowed():
+            raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
+    return parts, wnids, (pack / 'about.txt').read_text('utf-8', 'replace').strip()
+
+
+# ---- opening ----
+
+class Arrays:
+    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or mapped from a file.
+
+    mapping: the mmap.mmap that holds the images, if one does.
+    """
+
+    def __init__(self, images, labels, mapping=None):
+        self.images, self.labels, self.mapping = images, labels, mapping
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        return iter((self.images, self.labels))
+
+    def part(self, rows):
+        return Arrays(self.images[rows], self.labels[rows], self.mapping)
+
+    def to(self, device):
+        return Arrays(self.images.to(device), self.labels.to(device))
+
+    def release_pages(self):
+        """Takes a mapped file's pages from this process (the system still caches them): memory stays flat."""
+        if self.mapping is not None and hasattr(mmap, 'MADV_DONTNEED'):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None,
+         trained_elsewhere=False):
+    """Training batches and evaluation sets of a prepared data set.
+
+    Arrays that take less than half of the free GPU memory are put there; others stay in mapped files.
+
+    Args:
+        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
+        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
+        batches are wanted. rank, world: of the processes that train. synthetic: generated images.
+        workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
+        trained_elsewhere: the evaluation sets are for given weights, with which only labels in the order of
+        all classes agree; without, they are for weights that the training batches make.
+    Returns:
+        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
+        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
+    Raises:
+        UserError: when the files are missing, damaged or not those of this set, val has classes that the
+        training images lack, or the labels are not those of weights that were trained elsewhere.
+    """
+    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    if name == 'imagenet2012' and not synthetic:
+        parts, wnids, about = open_imagenet(data_dir)
+        train, held_out, known = parts['train'], {'val': parts['val']}, len(wnids)
+        for key, (folder, *expected) in IMAGENET_TESTS.items():
+            try:
+                if (data_dir / folder).is_dir():
+                    held_out[key] = open_test_set(data_dir / folder, wnids, *expected)
+            except (UserError, OSError) as error:  # no reason not to train
+                if rank == 0:
+                    print(f'{key} is left out: {error}', file=sys.stderr)
+        about += f', decoded by {jpeg_decoder()[0]}'
+        shared = device, default_workers() if workers is None else workers, rank, world
+        trn = JpegTrainBatches(train, batch, seed, *shared)
+        evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=(
+            key in IMAGENET_TESTS and IMAGENET_TESTS[key][1] < facts['classes']))
+                 for key, images in held_out.items()}
+    else:
+        if synthetic:
+            train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
+        else:
+            train, test, about = read_arrays(name, data_dir / name)
+        known, held_out = len(class_names(data_dir / name)) or facts['classes'], {'val': test}
+        if facts['test']:
+            n = len(train) * facts['train'] // (facts['train'] + facts['val'])
+            train, held_out = train.part(slice(n)), {'val': train.part(slice(n, None)), 'tst': test}
+        size = sum(t.nbytes for arrays in (train, *held_out.values()) for t in arrays)
+        fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
+        parts = {key: arrays.to(device) if fits and device.type != 'cpu' else arrays
+                 for key, arrays in {'train': train, **held_out}.items()}
+        trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
+        evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
+    for key in evals:
+        if not len(evals[key]):
+            raise UserError(f'{data_dir} has no images of {name} for {key}.')
+    if trained_elsewhere and known < facts['classes'] and not synthetic:
+        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
+                        'tells the order of all: their labels may not be those of given weights. For '
+                        f'imagenet2012, put {ARCHIVES[2]} into {data_dir} and run python data.py unpack '
+                        'imagenet2012.')
+    # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
+    if not (trained_elsewhere or synthetic) and len(train) and (
+            facts['test'] or name == 'imagenet2012' or not incomplete_allowed()):
+        unseen = np.setdiff1d(held_out['val'].labels, train.labels)
+        if len(unseen):
+            remedy = 'Take these out, or add training images.' if not facts['test'] else (
+                'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
+            raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, '
+                            f'such as class {unseen[-1]}. {remedy}')
+    return trn, evals, about
+
+
+def open_test_set(folder, wnids, class_count, image_count):
+    """EncodedImages of one of IMAGENET_TESTS. Raises UserError if it is not complete."""
+    folder = inner(folder)
+    listed = list_images(folder)
+    if not len(listed[1]):
+        raise UserError(f'{folder} has no images.')
+    return open_folder(folder, listed, wnids, class_count, image_count)
+
+
+def synthetic_arrays(name, batch):
+    """Learnable images of a set's size and classes: coarse coloured patterns, one a class, under noise.
+
+    batch: the training part has at least 5/4 of it. Returns: Arrays to train on and Arrays to test on, as in
+    prepared files.
+    """
+    facts, rng = SETS[name], np.random.default_rng(0)
+    size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
+    patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
+    parts = []
+    for n in (max(count, batch * 5 // 4), count // 5):
+        labels = rng.integers(classes, size=n)
+        images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
+        images += rng.integers(64, size=images.shape, dtype=np.uint8)
+        images += rng.integers(64, size=images.shape, dtype=np.uint8)
+        parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels)))
+    return parts
+
+
+def read_arrays(name, folder, remedy=None):
+    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin).
+
+    Raises:
+        UserError: names the file that is missing, damaged, or of a wrong shape, type, length or range.
+    """
+    anew = f'Delete {folder} and run the command again to have it made anew.'
+    facts, remedy = SETS[name], remedy or (anew if name in SOURCES else f'Correct it, or SETS[{name!r}].')
+    expected = {'train': facts['train'] + (facts['val'] if facts['test'] else 0),
+                'test': facts['test'] or facts['val']}
+    if facts['size'] not in (32, 64, CROP):
+        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
+                        'yours, or fill them up with zeros on all sides.')
+    parts = []
+    for which, full in expected.items():
+        arrays = []
+        for what in ('images', 'labels'):
+            file = f'{which}_{what}.npy'
+            try:
+                arrays.append(np.load(folder / file, mmap_mode='c' if what == 'images' else None))
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
+        images, labels = arrays
+        shape = (facts['size'], facts['size'], 3)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise UserError(f'{name}: {which}_images.npy holds {images.dtype} {images.shape}, '
+                            f'but uint8 {("N", *shape)} is needed.')
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise UserError(f'{name}: {which}_labels.npy holds {labels.dtype} {labels.shape}, '
+                            f'but {len(images)} images need int64 ({len(images)},).')
+        if len(labels) and not 0 <= labels.min() <= labels.max() < facts['classes']:
+            raise UserError(f'{name}: {which}_labels.npy holds labels {labels.min()} to {labels.max()}, '
+                            f'but the classes are 0 to {facts["classes"] - 1}.')
+        if len(images) != full and not incomplete_allowed():
+            raise UserError(f'{name}: {which}_images.npy holds {len(images)} of {full} images. {remedy} '
+                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
+        parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
+    about = folder / 'about.txt'
+    return *parts, about.read_text('utf-8', 'replace').strip() if about.exists() else 'ready-made arrays'
+
+
+# ---- batches of arrays ----
 
 def augmentation_plan(seed, epoch, n):
     """The order of n images in an epoch and a draw for each position: int64 tensors of n, draws below 162."""
@@ -111,60 +1078,53 @@ def augment(images, draws):
     return torch.where(flipped, crops.flip(3), crops).contiguous(memory_format=torch.channels_last)
 
 
-def to(tensor, device):
+def to_device(tensor, device):
     """The tensor on a device. Only CUDA need not wait: MPS may read freed memory (pytorch issue 139550)."""
     return tensor.to(device, non_blocking=device.type == 'cuda')
-
-
-def forget(tensor):
-    """Drops a mapped file's pages from this process (the system still caches them): memory stays flat."""
-    mapping = getattr(tensor, 'mapping', None)
-    if mapping is not None and hasattr(mmap, 'MADV_DONTNEED'):
-        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class TrainBatches:
     """Training batches of one rank, endlessly, from any iteration on.
 
     Args:
-        images: uint8, N x S x S x 3, and labels: int64, N: on the device, or in (mapped) host memory.
-        batch: images in a global batch; rank r takes positions r * batch / world and up.
-        seed: of order and augmentation. device: where the batches are wanted. rank, world: of the processes.
+        arrays: Arrays, on the device or in (mapped) host memory. batch: images in a global batch; rank r
+        takes positions r * batch / world and up. seed: of order and augmentation. device: where the batches
+        are wanted. rank, world: of the processes.
     """
 
-    def __init__(self, images, labels, batch, seed, device, rank=0, world=1):
-        self.images, self.labels, self.seed, self.device = images, labels, seed, torch.device(device)
+    def __init__(self, arrays, batch, seed, device, rank=0, world=1):
+        self.arrays, self.seed, self.device = arrays, seed, torch.device(device)
         self.batch, self.rank, self.world = batch, rank, world
-        self.per_epoch = len(images) // batch  # the ragged last batch is dropped
+        self.per_epoch = len(arrays) // batch  # the ragged last batch is dropped
 
     def __len__(self):
-        return len(self.images)
+        return len(self.arrays)
 
     def batches(self, start):
         """Yields uint8 images N x 3 x S x S and int64 labels N, N = batch / world, from iteration `start`."""
         chunks = self._chunks(start)
-        if self.images.device.type != self.device.type:
+        if self.arrays.images.device.type != self.device.type:
             chunks = ahead(chunks)
         for chunk in chunks:
-            images, labels, draws = (to(t, self.device) for t in chunk)
+            images, labels, draws = (to_device(t, self.device) for t in chunk)
             local = self.batch // self.world
             yield from zip(augment(images, draws).split(local), labels.split(local), strict=True)
 
     def _chunks(self, start):
         """Images, labels and draws of several batches at once: fewer and larger operations."""
-        local = self.batch // self.world
+        (images, labels), local = self.arrays, self.batch // self.world
         # up to 16 batches, or 16 MiB
-        steps_at_once = max(1, min(16, 2 ** 24 // (local * self.images[0].numel())))
+        steps_at_once = max(1, min(16, 2 ** 24 // (local * images[0].numel())))
         epoch, step = divmod(start, self.per_epoch)
         while True:
             plan = torch.stack(augmentation_plan(self.seed, epoch, len(self)))
             plan = plan[:, :self.per_epoch * self.batch].view(2, self.per_epoch, self.world, local)
             plan = plan[:, :, self.rank].contiguous()
-            plan = to(plan.pin_memory() if self.images.is_cuda else plan, self.images.device)
+            plan = to_device(plan.pin_memory() if images.is_cuda else plan, images.device)
             for first in range(step, self.per_epoch, steps_at_once):
                 order, draws = plan[:, first:first + steps_at_once].flatten(1)
-                yield self.images.index_select(0, order), self.labels.index_select(0, order), draws
-                forget(self.images)
+                yield images.index_select(0, order), labels.index_select(0, order), draws
+                self.arrays.release_pages()
             epoch, step = epoch + 1, 0
 
 
@@ -207,72 +1167,63 @@ class EvalBatches:
     TrainBatches, but batch is that of one rank.
     """
 
-    absent = None  # bool, one per class, on the CPU: those without images, if the set is made of a few only
+    absent = None  # as JpegEvalBatches has it
 
-    def __init__(self, images, labels, batch, device, rank=0, world=1):
-        self.images, self.labels, self.batch, self.device = images, labels, batch, torch.device(device)
+    def __init__(self, arrays, batch, device, rank=0, world=1):
+        self.arrays, self.batch, self.device = arrays, batch, torch.device(device)
         self.rank, self.world = rank, world
 
     def __len__(self):
-        return len(self.images)
+        return len(self.arrays)
 
     def __iter__(self):
         """Yields uint8 images N x 3 x S x S (channels_last) and int64 labels N."""
         for first in range(self.rank, len(self) + self.rank, self.batch * self.world):
             mine = slice(first, first + self.batch * self.world, self.world)
-            images, labels = (to(t[mine], self.device) for t in (self.images, self.labels))
+            images, labels = (to_device(t[mine], self.device) for t in self.arrays)
             if missing := self.batch - len(labels):
                 images = F.pad(images, (0,) * 7 + (missing,))
                 labels = F.pad(labels, (0, missing), value=IGNORE)
             yield images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last), labels
-            forget(self.images)
+            self.arrays.release_pages()
 
 
 # ---- batches of images in files ----
 
-def default_workers():
-    """One for each core that this process may use, shared among the ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+@functools.cache
+def jpeg_decoder():
+    """(name, function) of the quickest JPEG decoder that works here: torchvision, torchcodec, else pillow.
 
-
-class EncodedImages:
-    """JPEG (or other) images with their labels, in files of their own or one after the other in a single one.
-
-    Args:
-        path: the folder, or the single file. names: bytes array of N, paths relative to the folder.
-        labels: int64 array of N. starts: int64 array of N + 1, offsets in the single file, or else None.
+    function: uint8 tensor of the encoded bytes -> uint8 tensor, channels x H x W; RuntimeError or ValueError
+    for damaged bytes and other formats. None for pillow, which decode() has.
     """
+    def upright(encoded, decode_jpeg):
+        if b'Exif' in encoded[:2 ** 16].numpy().tobytes():  # torchcodec turns images as EXIF says
+            raise ValueError
+        return decode_jpeg(encoded, mode='UNCHANGED')
 
-    def __init__(self, path, names, labels, starts=None):
-        self.path, self.names, self.labels, self.starts = path, names, labels, starts
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i):
-        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
-        where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
-        try:
-            if self.starts is None:
-                return np.fromfile(where, np.uint8), where
-            start, end = self.starts[i:i + 2].tolist()
-            encoded = np.empty(end - start, np.uint8)
-            with open(self.path, 'rb') as file:
-                file.seek(start)
-                return encoded[:file.readinto(encoded)], where
-        except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
-                from error
+    buffer = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(buffer, 'JPEG')
+    encoded = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    for module in ('torchvision.io', 'torchcodec.decoders'):
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # it may lack libraries
+            warnings.simplefilter('ignore')
+            decode_jpeg = importlib.import_module(module).decode_jpeg
+            if module.startswith('torchcodec'):
+                decode_jpeg = functools.partial(upright, decode_jpeg=decode_jpeg)
+            if decode_jpeg(encoded).shape == (3, 8, 8):
+                return module.partition('.')[0], decode_jpeg
+    return 'pillow', None
 
 
 def decode_tensor(encoded, path):
-    """Encoded bytes (uint8 array) -> uint8 3 x H x W, the pixels that pillow's convert('RGB') gives."""
-    with contextlib.suppress(RuntimeError, ImportError):  # no JPEG, or a damaged one: pillow decides which
-        from torchvision.io import decode_jpeg  # imported here: it takes a second
-        image = decode_jpeg(torch.from_numpy(encoded))
-        if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
-            return image.expand(3, -1, -1)
+    """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
+    if decode_jpeg := jpeg_decoder()[1]:
+        with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
+            image = decode_jpeg(torch.from_numpy(encoded))
+            if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
+                return image.expand(3, -1, -1)
     return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
 
 
@@ -316,6 +1267,11 @@ def center_crop(image):
     return image[:, top:top + CROP, left:left + CROP]
 
 
+def default_workers():
+    """One for each core that this process may use, shared among the ranks of this machine."""
+    return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+
+
 class JpegBatches(torch.utils.data.Dataset):
     """What training and evaluation batches of encoded images share: pieces of them, decoded by processes.
 
@@ -331,63 +1287,84 @@ class JpegBatches(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, key):
-        """A worker's task: (uint8 n x 3 x 224 x 224, int64 n) of batch `key[0]` from position `key[1]` on.
-
-        A UserError comes back as its text: raised here, it would arrive wrapped in a traceback.
-        """
+    def piece(self, key):
+        """(uint8 n x 3 x 224 x 224, int64 n) of batch `key[0]` from position `key[1]` on."""
         number, first = key
         count = min(PIECE, self.batch - first)
         black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
-        try:
-            piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0),
-                      self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
-        except UserError as error:
-            return str(error)
+        piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0), self.images.labels[i].item())
+                 for i, crop in self.crops(number, first, count)]
         # in a loader process this writes into shared memory
         images, labels = torch.utils.data.default_collate(piece + [black] * (count - len(piece)))
         return images.permute(0, 3, 1, 2), labels
 
+    def __getitem__(self, key):
+        """A loader process's task: the piece, or a UserError: raised, it would come with a traceback."""
+        try:
+            return self.piece(key)
+        except UserError as error:
+            return error
+
     def stream(self, numbers):
         """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
-        stream = self._stream(numbers)
-        atexit.register(stream.close)  # ends the loader processes, which do not listen to SIGTERM
-        return stream
+        pieces, batch = range(0, self.batch, PIECE), []
+        keys = ((number, first) for number in numbers for first in pieces)
+        for piece in self._pieces_of_processes(keys, len(pieces)) if self.workers else map(self.piece, keys):
+            batch.append([to_device(t, self.device) for t in piece])
+            if len(batch) == len(pieces):
+                yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
+                batch = []
 
-    def _stream(self, numbers):
-        pieces = range(0, self.batch, PIECE)
-        prefetch = {'prefetch_factor': 2 + 2 * len(pieces) // self.workers} if self.workers else {}
-        loader = iter(torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=((number, first) for number in numbers for first in pieces),
-            num_workers=self.workers, worker_init_fn=start_worker, pin_memory=self.device.type == 'cuda',
-            **prefetch))
-        if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        batch = []
+    def _pieces_of_processes(self, keys, per_batch):
+        """Yields the pieces of the keys, decoded by self.workers processes, which end with the generator."""
+        others, processes = multiprocessing.active_children(), []
+        end = functools.partial(kill_processes, processes)
+        atexit.register(end)  # the traceback of an error may keep the generator, and all that it started
         try:
+            try:
+                loader = iter(torch.utils.data.DataLoader(
+                    self, batch_size=None, sampler=keys, num_workers=self.workers,
+                    worker_init_fn=start_worker, pin_memory=self.device.type == 'cuda',
+                    prefetch_factor=2 + 2 * per_batch // self.workers))
+            finally:
+                processes += [child for child in multiprocessing.active_children() if child not in others]
+            if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             while True:
                 try:
                     piece = next(loader, None)
                 except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                    if str(error).startswith('Caught '):  # and handed over, with its traceback: nobody died
+                        raise
                     reason = (str(error).splitlines() or ['no answer'])[0]
                     raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a '
                                   'smaller --workers helps; go on with --resume.') from error
                 if piece is None:
                     return
-                if isinstance(piece, str):
-                    raise UserError(piece)
-                batch.append([to(t, self.device) for t in piece])
-                if len(batch) == len(pieces):
-                    yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
-                    batch = []
+                if isinstance(piece, UserError):
+                    raise piece
+                yield piece
         finally:
-            del loader  # ends its processes even if a traceback keeps this frame
+            loader = None  # asks the processes to end, unless a traceback keeps it
+            end()
+            atexit.unregister(end)
+
+
+def kill_processes(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def start_worker(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a cluster sends them to all processes:
-        signal.signal(number, signal.SIG_IGN)       # the main one answers, and ends this one
-    keep_freed_memory()
+    def follow():  # a main process that is killed: the loader looks at who has started us, maybe a forkserver
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)  # a terminal or a cluster sends them to all processes: the main
+    keep_freed_memory()                        # one answers, and ends this one
 
 
 def keep_freed_memory():
@@ -425,13 +1402,14 @@ class JpegTrainBatches(JpegBatches):
 class JpegEvalBatches(JpegBatches):
     """Evaluation batches as EvalBatches has them, of encoded images.
 
-    restrict: the set has images of a few classes only, and the logits of the others do not count.
+    restrict: the set has images of a few classes only, and the logits of the others do not count: `absent`
+    then says which, a bool for each class, on the device; else it is None.
     """
 
     def __init__(self, images, batch, device, workers, rank=0, world=1, restrict=False):
         super().__init__(images, batch, device, workers, rank, world)
         counts = np.bincount(images.labels, minlength=SETS['imagenet2012']['classes'])
-        self.absent = torch.from_numpy(counts == 0) if restrict else None
+        self.absent = torch.from_numpy(counts == 0).to(self.device) if restrict else None
 
     def crops(self, number, first, count):
         """Yields (image, function that crops it) for positions of this rank's batch of that number."""
@@ -443,692 +1421,19 @@ class JpegEvalBatches(JpegBatches):
         return self.stream(range(math.ceil(len(self) / (self.batch * self.world))))
 
 
-# ---- loading ----
-
-def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None):
-    """Training batches and evaluation sets of a prepared data set.
-
-    Arrays that take less than half of the free GPU memory are put there; others stay in mapped files.
-
-    Args:
-        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
-        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
-        batches are wanted. rank, world: of the processes that train. synthetic: generated images.
-        workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
-    Returns:
-        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
-        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
-    Raises:
-        UserError: when the files are missing, damaged or not those of this set.
-    """
-    if name == 'imagenet2012' and not synthetic:
-        workers = default_workers() if workers is None else workers
-        parts, wnids, about = open_imagenet(Path(data_dir))
-        shared = torch.device(device), workers, rank, world
-        evals = {'val': JpegEvalBatches(parts['val'], eval_batch, *shared)}
-        for test, (folder, classes, count) in IMAGENET_TESTS.items():
-            if (folder := Path(data_dir) / folder).is_dir():
-                images = open_folder(folder, list_images(folder), wnids, classes, count)
-                evals[test] = JpegEvalBatches(images, eval_batch, *shared, restrict=classes < 1000)
-        for test, batches in evals.items():
-            if not len(batches):
-                raise UserError(f'{data_dir} has no images of {name} for {test}.')
-        return JpegTrainBatches(parts['train'], batch, seed, *shared), evals, about
-    if synthetic:
-        train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
-    else:
-        train, test, about = read_arrays(name, Path(data_dir) / name)
-    device = torch.device(device)
-    if device.type != 'cpu':
-        size = sum(t.nbytes for t in train + test)
-        if device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2:
-            train, test = [t.to(device) for t in train], [t.to(device) for t in test]
-    facts, n = SETS[name], len(train[0])
-    if facts['test']:
-        n = n * facts['train'] // (facts['train'] + facts['val'])
-        held_out = {'val': [rows_of(t, slice(n, None)) for t in train], 'tst': test}
-    else:
-        held_out = {'val': test}
-    evals = {key: EvalBatches(*arrays, eval_batch, device, rank, world) for key, arrays in held_out.items()}
-    train = [rows_of(t, slice(n)) for t in train]
-    return TrainBatches(*train, batch, seed, device, rank, world), evals, about
-
-
-def rows_of(tensor, rows):
-    """tensor[rows], which still knows the mapping of its file, for `forget`."""
-    piece = tensor[rows]
-    piece.mapping = getattr(tensor, 'mapping', None)
-    return piece
-
-
-def synthetic_arrays(name, batch):
-    """Learnable images of a set's size and classes: coarse coloured patterns, one a class, under noise.
-
-    batch: the training part has at least 5/4 of it. Returns: (images, labels) to train on and (images,
-    labels) to test on, as in prepared files.
-    """
-    facts, rng = SETS[name], np.random.default_rng(0)
-    size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
-    patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
-    parts = []
-    for n in (max(count, batch * 5 // 4), count // 5):
-        labels = rng.integers(classes, size=n)
-        images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
-        images += rng.integers(64, size=images.shape, dtype=np.uint8)
-        images += rng.integers(64, size=images.shape, dtype=np.uint8)
-        parts.append([torch.from_numpy(images), torch.from_numpy(labels)])
-    return parts
-
-
-# ---- prepared arrays ----
-
-def read_arrays(name, folder, remedy=None):
-    """Maps and checks a prepared set: ([images, labels] of train, the same of test, str: their origin).
-
-    Raises:
-        UserError: names the file that is missing, damaged, or of a wrong shape, type, length or range.
-    """
-    anew = f'Delete {folder} and run the command again to have it made anew.'
-    facts, remedy = SETS[name], remedy or (anew if name in SOURCES else f'Correct it, or SETS[{name!r}].')
-    expected = {'train': facts['train'] + (facts['val'] if facts['test'] else 0),
-                'test': facts['test'] or facts['val']}
-    parts = []
-    for which, full in expected.items():
-        arrays = []
-        for what in ('images', 'labels'):
-            file = f'{which}_{what}.npy'
-            try:
-                arrays.append(np.load(folder / file, mmap_mode='c' if what == 'images' else None))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
-        images, labels = arrays
-        shape = (facts['size'], facts['size'], 3)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise UserError(f'{name}: {which}_images.npy holds {images.dtype} {images.shape}, '
-                            f'but uint8 {("N", *shape)} is needed.')
-        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            raise UserError(f'{name}: {which}_labels.npy holds {labels.dtype} {labels.shape}, '
-                            f'but {len(images)} images need int64 ({len(images)},).')
-        if len(labels) and not 0 <= labels.min() <= labels.max() < facts['classes']:
-            raise UserError(f'{name}: {which}_labels.npy holds labels {labels.min()} to {labels.max()}, '
-                            f'but the classes are 0 to {facts["classes"] - 1}.')
-        if len(images) != full and not incomplete_allowed():
-            raise UserError(f'{name}: {which}_images.npy holds {len(images)} of {full} images. {remedy} '
-                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
-        tensors = [torch.from_numpy(images), torch.from_numpy(labels)]
-        tensors[0].mapping = images.base
-        parts.append(tensors)
-    about = folder / 'about.txt'
-    return *parts, about.read_text().strip() if about.exists() else 'ready-made arrays'
-
-
-@contextlib.contextmanager
-def new_folder(final):
-    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    owner = f'.{socket.gethostname()}.'
-    for old in final.parent.glob(f'{final.name}.part{owner}*') if os.name == 'posix' else ():
-        try:
-            os.kill(int(old.suffix[1:]), 0)  # does this process live?
-        except ProcessLookupError:  # no: its preparation was killed
-            shutil.rmtree(old, ignore_errors=True)
-    folder = final.with_name(f'{final.name}.part{owner}{os.getpid()}')
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        for file in folder.iterdir():
-            with open(file, 'rb+') as f:
-                os.fsync(f.fileno())
-        try:
-            folder.rename(final)
-        except OSError:
-            if not final.exists():  # or else another process was quicker, and its set is as good
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def prepare(name, data_dir):
-    """Makes <data_dir>/<name>/ from the official files, downloaded where that is allowed, unless it exists.
-
-    Raises:
-        UserError: when files are missing, incomplete or damaged; says which, and where to get them.
-    """
-    if name not in SETS:
-        raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
-    data_dir = Path(data_dir)
-    if name == 'imagenet2012':
-        open_imagenet(data_dir)  # lists its files, once
-        return
-    final = data_dir / name
-    if not all((final / file).exists() for file in FILES):
-        missing = ', '.join(file for file in FILES if not (final / file).exists())
-        if name not in SOURCES:  # a set of your own
-            raise UserError(f'{name} is not in {data_dir}: the folder {final} needs {missing}.')
-        if final.exists():
-            raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
-        try:
-            with new_folder(final) as folder:
-                SOURCES[name][0](name, data_dir, folder)
-                read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
-        except OSError as error:
-            # numpy names neither file nor cause when a write falls short
-            reason = f'{error.filename or data_dir}: {error.strerror or f"{error}; is the disk full?"}'
-            raise UserError(f'{name} could not be prepared ({reason}).') from error
-
-
-def save_arrays(folder, which, images, labels):
-    np.save(folder / f'{which}_images.npy', np.ascontiguousarray(images))
-    np.save(folder / f'{which}_labels.npy', np.asarray(labels, np.int64))
-
-
-def describe(folder, about, classes=()):
-    (folder / 'about.txt').write_text(about + '\n')
-    if classes:
-        (folder / 'classes.txt').write_text('\n'.join(classes) + '\n')
-
-
-class Progress:
-    """A line that counts up: twice a second in place on a terminal, every tenth of the way elsewhere."""
-
-    def __init__(self, label, total):
-        self.label, self.total, self.start, self.shown = label, total, time.monotonic(), 0
-
-    def __call__(self, done):
-        seconds, live = time.monotonic() - self.start, sys.stdout.isatty()
-        step = int(seconds * 2) if live else done * 10 // self.total
-        if done == self.total or step > self.shown:
-            self.shown = step
-            left = seconds / done * (self.total - done)
-            text = f'{self.label}: {done:,} of {self.total:,}, {left:.0f} s left'
-            end = '' if live and done < self.total else '\n'
-            print(f'\r{text}\033[K' if live else text, end=end, flush=True)
-
-
-# ---- preparation ----
-
-def prepare_cifar(name, data_dir, folder):
-    """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
-    from torchvision.datasets import CIFAR10, CIFAR100  # imported here: it takes a second
-    from torchvision.datasets.utils import check_integrity
-    cifar = CIFAR10 if name == 'CIFAR10_x32' else CIFAR100
-    source = data_dir / cifar.base_folder
-    damaged = [source / file for file, md5 in cifar.train_list + cifar.test_list
-               if (source / file).exists() and not check_integrity(str(source / file), md5)]
-    try:
-        train, test = cifar(data_dir, train=True, download=True), cifar(data_dir, train=False)
-    except (OSError, RuntimeError) as error:
-        problem = f'{damaged[0]} is damaged (its MD5 differs)' if damaged else f'{name} is not in {data_dir}'
-        raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
-                        f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
-    save_arrays(folder, 'train', train.data, train.targets)
-    save_arrays(folder, 'test', test.data, test.targets)
-    describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
-
-
-def decode(data, path, box=None):
-    """JPEG bytes -> uint8 H x W x 3, as pillow's convert('RGB') has it; box: side to resize to, box filter.
-
-    EXIF orientation is ignored, as everywhere in ImageNet practice. Raises UserError with the path.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # 'Corrupt EXIF data': harmless
-            image = Image.open(io.BytesIO(data))
-            if image.mode.startswith('I'):  # 16 bits: convert() would clip them
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            image = image.convert('RGB')
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
-    return np.asarray(image.resize((box, box), Image.BOX) if box else image)
-
-
-def decode_all(read, count, file, size, resize=False):
-    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
-
-    resize: to that size, by pillow's box filter; or else images of another size are an error.
-    """
-    shape = count, size, size, 3
-    progress = Progress(file.stem.replace('_', ' '), count)
-
-    def work(start):
-        images = []
-        for i in range(start, min(start + 64, count)):
-            encoded, path = read(i)
-            images.append(decode(encoded, path, size if resize else None))
-            if images[-1].shape != shape[1:]:
-                raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
-        return np.stack(images)
-
-    # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': shape}
-            np.lib.format.write_array_header_1_0(out, header)
-            for i, images in enumerate(pool.map(work, range(0, count, 64))):
-                out.write(images)
-                progress(min(64 * (i + 1), count))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def prepare_tiny_imagenet(name, data_dir, folder):
-    """TinyImageNet: classes are the sorted wnids, training images in a fixed order, official val as test."""
-    if name == 'TinyImageNet200_x32':
-        prepare('TinyImageNet200_x64', data_dir)
-        source = data_dir / 'TinyImageNet200_x64'
-        *parts, about = read_arrays('TinyImageNet200_x64', source)
-        for which, (images, labels) in zip(('train', 'test'), parts, strict=True):
-            small = np.empty((len(images), 32, 32, 3), np.uint8)
-            for i in range(0, len(images), 1000):  # exact 2 x 2 box average, halves rounded up
-                four = images[i:i + 1000].numpy().reshape(-1, 32, 2, 32, 2, 3).astype(np.uint16)
-                small[i:i + 1000] = (four.sum((2, 4), dtype=np.uint16) + 2) // 4
-            save_arrays(folder, which, small, labels)
-        names = (source / 'classes.txt').read_text().split('\n') if (source / 'classes.txt').exists() else []
-        return describe(folder, f'{about}; 2 x 2 box average', [n for n in names if n])
-
-    root, read, files = tiny_imagenet_source(data_dir)
-    missing = f'{root} is incomplete: {{}} is missing. Fetch tiny-imagenet-200.zip again.'
-
-    def lines(file):
-        if file not in files:
-            raise UserError(missing.format(file))
-        return read(file).decode().splitlines()
-
-    wnids = sorted(lines('wnids.txt'))
-    train = [(f, f.split('/')[1]) for f in sorted(files) if f.startswith('train/') and f.endswith('.JPEG')]
-    test = sorted((f'val/images/{row[0]}', row[1])
-                  for row in (line.split('\t') for line in lines('val/val_annotations.txt')) if len(row) > 1)
-    wanted = [f'train/{w}/images/{w}_{i}.JPEG' for w in wnids for i in range(500)]
-    wanted += [f'val/images/val_{i}.JPEG' for i in range(10000)]
-    absent = [file for file in wanted if file not in files]
-    if absent and not incomplete_allowed():
-        raise UserError(missing.format(f'{absent[0]} (with {len(absent) - 1} others)'))
-    test = [(file, wnid) for file, wnid in test if file in files]
-    label = {wnid: i for i, wnid in enumerate(wnids)}
-    unknown = {wnid for _, wnid in train + test} - set(label)
-    if unknown or not train or not test:
-        reason = f'{min(unknown)} is not in wnids.txt' if unknown else 'train/ or val/ has no images'
-        raise UserError(f'{root} is not TinyImageNet: {reason}.')
-    train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
-    for which, pairs in (('train', train), ('test', test)):
-        decode_all(lambda i, pairs=pairs: (read(pairs[i][0]), pairs[i][0]), len(pairs),
-                   folder / f'{which}_images.npy', 64)
-        np.save(folder / f'{which}_labels.npy', np.array([label[wnid] for _, wnid in pairs], np.int64))
-    words = dict(line.split('\t', 1) for line in lines('words.txt') if '\t' in line)
-    describe(folder, 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order',
-             [f'{wnid} {words.get(wnid, "")}'.strip() for wnid in wnids])
-
-
-def tiny_imagenet_source(data_dir):
-    """tiny-imagenet-200/ or else the zip, downloaded if need be: (path, function to read a file, files)."""
-    root, archive = data_dir / 'tiny-imagenet-200', data_dir / 'tiny-imagenet-200.zip'
-    if root.exists():
-        files = {p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file()}
-        return root, lambda file: (root / file).read_bytes(), files
-    if not archive.exists():
-        from torchvision.datasets.utils import download_url
-        url = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip'
-        part = f'{archive.name}.part{os.getpid()}'
-        try:
-            download_url(url, str(data_dir), part, '90528d7ca1a48142e341f4ef8d21d0de')
-        except (OSError, RuntimeError) as error:
-            (data_dir / part).unlink(missing_ok=True)
-            raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}): put '
-                            f'{url} there, or try the script with --synthetic.') from error
-        (data_dir / part).rename(archive)
-    zipped = open_zip(archive)
-    files = {n.removeprefix('tiny-imagenet-200/') for n in zipped.namelist() if not n.endswith('/')}
-    return archive, lambda file: read_member(zipped, f'tiny-imagenet-200/{file}'), files
-
-
-def open_zip(path):
-    """A zip file whose members all lie inside of their folder; UserError otherwise."""
-    try:
-        zipped = zipfile.ZipFile(path)
-    except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
-        raise UserError(f'{path} is damaged ({error}). Fetch it again.') from error
-    for member in zipped.namelist():
-        if member.startswith('/') or '..' in member.replace('\\', '/').split('/') or ':' in member:
-            raise UserError(f'{path} is refused: its member {member} points outside of its folder.')
-    return zipped
-
-
-def read_member(zipped, member):
-    try:
-        return zipped.read(member)
-    except Exception as error:
-        raise UserError(f'{zipped.filename} is damaged at {member} ({error}). Fetch it again.') from error
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
-
-    Based on the unpickler that is written in Python, as quick here: a few damaged bytes can make the other
-    one take 64 GB of memory.
-    """
-
-    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
-               ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
-               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
-               ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
-
-    def find_class(self, module, name):
-        module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
-        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
-            return lambda text, encoding: text.encode('latin1')
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return self.ALLOWED[module, name]
-
-
-def prepare_imagenet1k(name, data_dir, folder):
-    """Downsampled ImageNet, from the official batches or else from imagenet2012/ by pillow's box filter."""
-    size = SETS[name]['size']
-    sources = {}  # name of a batch -> its path, on disk or in a zip
-    for source in (f'Imagenet{size}_{part}' for part in ('train', 'train_part1', 'train_part2', 'val')):
-        if (data_dir / source).is_dir():
-            for file in sorted((data_dir / source).rglob('*')):
-                sources.setdefault(file.name, file)
-        elif (data_dir / f'{source}.zip').exists():
-            zipped = open_zip(data_dir / f'{source}.zip')
-            for member in zipped.namelist():
-                sources.setdefault(member.rsplit('/', 1)[-1], zipfile.Path(zipped, member))
-    wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
-    missing = [batch for batches in wanted.values() for batch in batches if batch not in sources]
-    if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
-        return prepare_from_imagenet(data_dir, folder, size)
-    if len(missing) == 11 or (missing and not incomplete_allowed()):
-        raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
-                        f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
-                        'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
-    for which, batches in wanted.items():
-        progress, labels = Progress(f'{which} batches', len(batches)), []
-        with open(folder / f'{which}_images.npy', 'wb') as file:
-            header = {'descr': '|u1', 'fortran_order': False, 'shape': (0, size, size, 3)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for i, batch in enumerate(batches):
-                if batch in sources:
-                    images, more = read_batch(sources[batch], size)
-                    for start in range(0, len(images), 1000):
-                        file.write(images[start:start + 1000].transpose(0, 2, 3, 1).tobytes())
-                    labels.append(more)
-                progress(i + 1)
-            labels = np.concatenate(labels or [np.empty(0, np.int64)])
-            file.seek(0)  # numpy leaves room in the header for the count to grow
-            np.lib.format.write_array_header_1_0(file, header | {'shape': (len(labels), size, size, 3)})
-        np.save(folder / f'{which}_labels.npy', labels)
-    describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
-
-
-def read_batch(path, size):
-    """One official batch: uint8 N x 3 x size x size, int64 N from 0. UserError if it is not one."""
-    try:
-        with path.open('rb') as file:
-            batch = ArrayUnpickler(file, encoding='latin1').load()
-        images, labels = np.asarray(batch['data']), np.asarray(batch['labels'])
-        if (images.dtype, images.shape, labels.dtype.kind) != (np.uint8, (len(labels), 3 * size ** 2), 'i'):
-            raise ValueError(f'data are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}')
-        if len(labels) and not 1 <= labels.min() <= labels.max() <= 1000:
-            raise ValueError(f'labels go from {labels.min()} to {labels.max()}, not 1 to 1000')
-    except Exception as error:  # damaged bytes make pickle raise almost anything
-        raise UserError(f'{path} is not a downsampled ImageNet batch ({error}). Fetch it again.') from error
-    return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
-
-
-def prepare_from_imagenet(data_dir, folder, size):
-    parts, wnids, _ = open_imagenet(data_dir, packed=False)
-    for which, images in (('train', parts['train']), ('test', parts['val'])):
-        decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
-        np.save(folder / f'{which}_labels.npy', images.labels)
-    describe(folder, f'imagenet2012 resized to {size} px, box filter, classes are the sorted wnids', wnids)
-
-
-# ---- imagenet2012: files, archives, pack ----
-
-def list_images(folder):
-    """([class folders], bytes array of the image files in them as class/file, int64 array: each file's
-    class folder, counted from 0).
-
-    A folder without class folders gives [], its own files and zeros. Class folders are wnids (n01440764) or
-    integers. The list is kept in <folder>-index.npz, for as long as no class folder changes.
-    """
-    classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(r'n\d{8}|\d+', f.name) and f.is_dir())
-    modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
-    index = folder.with_name(f'{folder.name}-index.npz')
-    with contextlib.suppress(Exception):  # whatever is wrong with it: the folders are read again
-        with np.load(index) as kept:
-            if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
-                return classes, kept['names'], np.repeat(np.arange(len(classes)), kept['counts'])
-
-    def files(name):
-        return sorted(f.name for f in os.scandir(folder / name)
-                      if f.name.lower().endswith(('.jpeg', '.jpg', '.png')))
-    with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
-        found = list(pool.map(files, classes or ['']))
-    paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
-    names = np.array([os.fsencode(path) for path in paths], np.bytes_)
-    counts = np.array([len(fs) for fs in found])
-    if classes:
-        with contextlib.suppress(OSError):  # the folder may be read-only
-            part = index.with_name(f'{index.name}.part{os.getpid()}.npz')
-            np.savez(part, classes=classes, modified=modified, names=names, counts=counts)
-            part.replace(index)
-    return classes, names, np.repeat(np.arange(len(counts)), counts)
-
-
-def open_folder(folder, listed, wnids, class_count, image_count):
-    """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
-
-    listed: what list_images(folder) gave. Raises UserError for an unknown class or another count.
-    """
-    names, files, which = listed
-    place = {wnid: i for i, wnid in enumerate(wnids)}
-    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
-    unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
-    if unknown:
-        raise UserError(f'{folder}/{unknown[0]} is not one of the {len(wnids)} classes of ImageNet.')
-    if (len(names), len(files)) != (class_count, image_count) and not incomplete_allowed():
-        raise UserError(f'{folder} holds {len(files)} of {image_count} images, in {len(names)} of '
-                        f'{class_count} class folders. Unpack its archive again, or accept a part with '
-                        f'{INCOMPLETE}=1.')
-    return EncodedImages(folder, files, np.array(labels, np.int64)[which])
-
-
-def open_imagenet(data_dir, packed=True):
-    """({'train': EncodedImages, 'val': EncodedImages}, [1000 wnids, sorted], str: their origin).
-
-    Raises:
-        UserError: when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
-    """
-    root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
-    if packed and pack.is_dir():
-        return open_pack(pack)
-    present = [part for part in ('train', 'val') if (root / part).is_dir()]
-    if not present or (len(present) < 2 and not incomplete_allowed()):
-        raise UserError(f'{root} needs train/ and val/: put {", ".join(ARCHIVES)} (image-net.org) into '
-                        f'{data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
-                        'or try the script with --synthetic.')
-    listed = {part: list_images(root / part) for part in present}
-    wnids = listed[present[0]][0]
-    if len(wnids) != facts['classes'] and not incomplete_allowed():
-        raise UserError(f'{root}/{present[0]} has {len(wnids)} class folders (n01440764 ...), not 1000. '
-                        'Unpack its archive again.')
-    nothing = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
-    parts = {'train': nothing, 'val': nothing}
-    for part, (classes, files, _) in listed.items():
-        if part == 'val' and not classes:
-            parts[part] = open_flat_val(root, files, wnids)
-        else:
-            parts[part] = open_folder(root / part, listed[part], wnids, facts['classes'], facts[part])
-    return parts, wnids, 'imagenet2012, classes are the sorted wnids'
-
-
-def open_flat_val(root, files, wnids):
-    """imagenet2012/val with its 50000 `files` in no folders: labels from the development kit beside it.
-
-    Its meta.mat is a MATLAB 5 file (a header of 128 bytes, then a tag of 8 and compressed data), in which the
-    synsets stand in the order of their ids from 1; the ids of the images are in the ground truth file.
-    """
-    kit = root / 'ILSVRC2012_devkit_t12' / 'data'
-    try:
-        truth = [int(i) for i in (kit / 'ILSVRC2012_validation_ground_truth.txt').read_text().split()]
-        meta = (kit / 'meta.mat').read_bytes()
-        if meta[128] == 15:  # miCOMPRESSED
-            meta = zlib.decompress(meta[136:])
-    except (OSError, ValueError, IndexError, zlib.error) as error:
-        raise UserError(f'{root}/val has no class folders, and {kit} cannot be read for labels ({error}). '
-                        f'Put {ARCHIVES[2]} into {root}, run python data.py unpack imagenet2012 --data-dir '
-                        f'{root.parent}.') from error
-    synsets = [wnid.decode() for wnid in re.findall(rb'n\d{8}', meta.replace(b'\0', b''))]  # 8 or 16 bits
-    names = [os.fsdecode(file) for file in files.tolist()]
-    numbers = [int(name[-13:-5]) for name in names if re.search(r'ILSVRC2012_val_000[0-5]\d{4}\.JPEG$', name)]
-    if sorted(synsets[:1000]) != wnids or len(truth) != 50000 or (
-            numbers != list(range(1, 50001)) if not incomplete_allowed() else
-            len(numbers) < len(names) or not all(1 <= n <= 50000 for n in numbers)):
-        raise UserError(f'{root}/val and {kit} do not fit together: {len(files)} images, {len(truth)} '
-                        f'labels, {len(set(synsets))} classes. Unpack their archives again.')
-    place = {wnid: i for i, wnid in enumerate(wnids)}
-    return EncodedImages(root / 'val', files, np.array([place[synsets[truth[n - 1] - 1]] for n in numbers]))
-
-
-def unpack_imagenet(data_dir):
-    """Unpacks the official archives found in data_dir or imagenet2012/; goes on where it was stopped."""
-    root = data_dir / 'imagenet2012'
-    found = {name: path for name in ARCHIVES for path in (root / name, data_dir / name) if path.exists()}
-    if not found:
-        raise UserError(f'None of {", ".join(ARCHIVES)} is in {data_dir}: fetch them from https://image-net.org')
-    for name, archive in found.items():
-        print(archive)
-        try:
-            with tarfile.open(archive) as tar:
-                if name == ARCHIVES[0]:
-                    members = [m for m in tar if re.fullmatch(r'n\d{8}\.tar', m.name)]
-                    progress = Progress('classes', len(members))
-                    for i, member in enumerate(members):
-                        with tarfile.open(fileobj=tar.extractfile(member)) as inner:
-                            unpack(inner, root / 'train' / member.name[:9], r'n\d{8}_\d+\.JPEG')
-                        progress(i + 1)
-                elif name == ARCHIVES[1]:
-                    unpack(tar, root / 'val', r'ILSVRC2012_val_\d{8}\.JPEG')
-                else:
-                    kit = root / 'ILSVRC2012_devkit_t12' / 'data'
-                    unpack(tar, kit, r'meta\.mat|ILSVRC2012_validation_ground_truth\.txt')
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise UserError(f'{archive} is damaged ({error}). Fetch it again.') from error
-    open_imagenet(data_dir, packed=False)
-
-
-def unpack(tar, folder, pattern):
-    """Writes the files of an archive whose last name fits the pattern into `folder`, unless it exists."""
-    if folder.exists():
-        return
-    with new_folder(folder) as part:
-        for member in tar:
-            name = member.name.rsplit('/', 1)[-1]
-            if member.isfile() and re.fullmatch(pattern, name):  # such a name cannot lead outside
-                with tar.extractfile(member) as source, open(part / name, 'wb') as file:
-                    shutil.copyfileobj(source, file)
-
-
-def pack_imagenet(data_dir, short_side=None):
-    """Writes imagenet2012-pack/: {train,val}.bin with the encoded images, {train,val}.npz with their index.
-
-    short_side: pixels; larger training images are resized to it (Lanczos) and encoded again, quality 90;
-    None keeps them. The images of val always keep their bytes, so that accuracies stay comparable.
-    """
-    parts, wnids, about = open_imagenet(data_dir, packed=False)
-    final = data_dir / 'imagenet2012-pack'
-    if final.exists():
-        raise UserError(f'{final} is there already. Delete it to have it made anew.')
-
-    def encode(images, i, side):
-        encoded, path = images.read(i)
-        if side is None:
-            return encoded.tobytes()
-        image, buffer = Image.fromarray(decode(encoded, path)), io.BytesIO()
-        if min(image.size) <= side:
-            return encoded.tobytes()
-        size = [side * length // min(image.size) for length in image.size]
-        image.resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
-        return buffer.getvalue()
-
-    try:
-        with new_folder(final) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part, images in parts.items():
-                progress, starts = Progress(part, len(images)), [0]
-                work = functools.partial(encode, images, side=short_side if part == 'train' else None)
-                with open(folder / f'{part}.bin', 'wb') as file:
-                    for first in range(0, len(images), 1024):
-                        for encoded in pool.map(work, range(first, min(first + 1024, len(images)))):
-                            file.write(encoded)
-                            starts.append(starts[-1] + len(encoded))
-                        progress(len(starts) - 1)
-                np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
-                         wnids=wnids)
-            how = f'short side {short_side}, quality 90; val as it is' if short_side else 'as it is'
-            describe(folder, f'{about}, packed: {how}')
-    except OSError as error:
-        raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
-
-
-def open_pack(pack):
-    """The same as open_imagenet, from what pack_imagenet has written."""
-    parts = {}
-    for part in ('train', 'val'):
-        try:
-            with np.load(pack / f'{part}.npz') as index:
-                names, labels, starts = index['names'], index['labels'], index['starts']
-                wnids = index['wnids'].tolist()
-            parts[part] = EncodedImages(pack / f'{part}.bin', names, labels, starts)
-            size = (pack / f'{part}.bin').stat().st_size
-            if size != starts[-1]:
-                raise ValueError(f'{part}.bin has {size} bytes, not {starts[-1]}')
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
-        full = SETS['imagenet2012'][part]
-        if len(names) != full and not incomplete_allowed():
-            raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
-    return parts, wnids, (pack / 'about.txt').read_text().strip()
-
-
 # ---- command line ----
-
-IMAGENET_HINT = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
-SOURCES = {  # what prepares a set, the official files it takes, and what becomes of a set that has none
-    'CIFAR10_x32': (
-        prepare_cifar, ['cifar-10-batches-py', 'cifar-10-python.tar.gz'], 'downloaded when needed'),
-    'CIFAR100_x32': (
-        prepare_cifar, ['cifar-100-python', 'cifar-100-python.tar.gz'], 'downloaded when needed'),
-    'TinyImageNet200_x32': (
-        prepare_tiny_imagenet, ['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
-    'TinyImageNet200_x64': (
-        prepare_tiny_imagenet, ['tiny-imagenet-200', 'tiny-imagenet-200.zip'], 'downloaded when needed'),
-    'ImageNet1k_x32': (
-        prepare_imagenet1k, ['Imagenet32_train', 'Imagenet32_train.zip', 'imagenet2012'],
-        IMAGENET_HINT.format(32)),
-    'ImageNet1k_x64': (
-        prepare_imagenet1k, ['Imagenet64_train', 'Imagenet64_train.zip', 'Imagenet64_train_part1',
-                             'Imagenet64_train_part1.zip', 'imagenet2012'], IMAGENET_HINT.format(64)),
-    'imagenet2012': (
-        None, ['imagenet2012-pack', 'imagenet2012'], 'missing: put the official archives here, then unpack'),
-}
-
 
 def report(data_dir):
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
-        _, files, state = SOURCES[name]
-        found = [file for file in files if (data_dir / file).exists()]
+        state, found = SOURCES[name][2], sources(name, data_dir)
         try:
             if name == 'imagenet2012':
                 state = f'ready: {open_imagenet(data_dir)[2]}' if found else state
             elif (data_dir / name).exists():
                 state = f'ready: {read_arrays(name, data_dir / name)[2]}'
             elif found:
-                state = f'not prepared yet, made from {found[0]} when needed'
+                state = f'not prepared yet, made from {found[0].name} when needed'
         except UserError as error:
             state = str(error)
         print(f'{name:20} {facts["train"]:9,} {facts["val"]:6,} {facts["test"] or "":>6}  {state}')
@@ -1142,8 +1447,7 @@ def preview(name, data_dir, file):
     prepare(name, data_dir)
     train, _, _ = load(name, data_dir, 64, 64, 42, 'cpu')
     images, labels = next(train.batches(0))
-    names = data_dir / name / 'classes.txt'
-    names = names.read_text().splitlines() if names.exists() else []
+    names = class_names(data_dir / name)
     side = SETS[name]['size'] * max(1, 128 // SETS[name]['size'])
     sheet = Image.new('RGB', (8 * (side + 6), 8 * (side + 18)), 'white')
     draw = ImageDraw.Draw(sheet)
@@ -1166,7 +1470,8 @@ def main():
     how = parser.add_mutually_exclusive_group()
     how.add_argument('--short-side', type=int, metavar='PIXELS', help='pack: resize larger images to it')
     how.add_argument('--as-is', action='store_true', help='pack: keep the bytes of all images')
-    parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: datasets')
+    parser.add_argument('--data-dir', type=lambda text: Path(os.path.expanduser(text)),
+                        default=Path('datasets'), help='default: datasets')
     args = parser.parse_args()
     try:
         if not args.words:

@@ -287,6 +287,10 @@ def test_augment_against_a_plain_loop():
         assert np.array_equal(out.permute(1, 2, 0).numpy(), crop)
 
 
+def train_batches(images, labels, batch, seed=7, rank=0, world=1):
+    return data.TrainBatches(data.Arrays(images, labels), batch, seed, 'cpu', rank, world)
+
+
 def take(batches, count):
     return [next(batches) for _ in range(count)]
 
@@ -296,7 +300,7 @@ def test_same_images_for_any_number_of_ranks_and_any_resume_point(world):
     images, labels = arrays(100)
 
     def sequence(rank, world, start, count):
-        return take(data.TrainBatches(images, labels, 16, 7, 'cpu', rank, world).batches(start), count)
+        return take(train_batches(images, labels, 16, 7, rank, world).batches(start), count)
     whole = sequence(0, 1, 0, 20)  # more than three epochs of six batches
     ranks = [sequence(rank, world, 0, 20) for rank in range(world)]
     for (x, y), *parts in zip(whole, *ranks, strict=True):
@@ -309,11 +313,11 @@ def test_same_images_for_any_number_of_ranks_and_any_resume_point(world):
 
 def test_every_image_once_an_epoch_and_a_new_order_each_time():
     images, _ = arrays(96)
-    batches = data.TrainBatches(images, torch.arange(96), 16, 7, 'cpu').batches(0)
+    batches = train_batches(images, torch.arange(96), 16).batches(0)
     epochs = [torch.cat([labels for _, labels in take(batches, 6)]) for _ in range(3)]
     assert all(sorted(epoch.tolist()) == list(range(96)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
-    other = data.TrainBatches(images, torch.arange(96), 16, 8, 'cpu').batches(0)
+    other = train_batches(images, torch.arange(96), 16, seed=8).batches(0)
     assert not torch.equal(torch.cat([labels for _, labels in take(other, 6)]), epochs[0])
 
 
@@ -326,7 +330,7 @@ def test_half_of_the_images_are_flipped_and_all_crops_are_equally_likely():
 
 def test_prefetching_gives_the_same_batches_and_hands_over_errors():
     images, labels = arrays(100)
-    trn = data.TrainBatches(images, labels, 16, 7, 'cpu')
+    trn = train_batches(images, labels, 16)
     for a, b in zip(take(trn._chunks(3), 5), take(data.ahead(trn._chunks(3)), 5), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -342,7 +346,8 @@ def test_prefetching_gives_the_same_batches_and_hands_over_errors():
 @pytest.mark.parametrize('n,batch,world', [(50, 8, 1), (50, 8, 4), (7, 8, 4), (64, 8, 2), (1, 4, 2)])
 def test_every_evaluation_image_once(n, batch, world):
     images, _ = arrays(n)
-    ranks = [list(data.EvalBatches(images, torch.arange(n), batch, 'cpu', r, world)) for r in range(world)]
+    all_of_them = data.Arrays(images, torch.arange(n))
+    ranks = [list(data.EvalBatches(all_of_them, batch, 'cpu', r, world)) for r in range(world)]
     assert len({len(batches) for batches in ranks}) == 1  # or the ranks would wait for each other
     seen = []
     for x, y in (pair for batches in ranks for pair in batches):
@@ -358,7 +363,7 @@ def test_evaluate_ignores_the_filling():
     images, labels = arrays(50)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
     logits = net(images.permute(0, 3, 1, 2).float())
-    batches = data.EvalBatches(images, labels, 8, 'cpu')
+    batches = data.EvalBatches(data.Arrays(images, labels), 8, 'cpu')
     accuracy, nll = cifar10_x32.evaluate(net, lambda x: net(x.float()), batches, runs.Ranks())
     assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -369,9 +374,8 @@ def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
         return int(Path('/proc/self/status').read_text().split('RssFile:')[1].split()[0]) / 1024
     np.lib.format.open_memmap(tmp_path / 'x.npy', 'w+', np.uint8, (20000, 64, 64, 3)).flush()  # 245 MB
     array = np.load(tmp_path / 'x.npy', mmap_mode='c')
-    images = torch.from_numpy(array)
-    images.mapping = array.base
-    batches = data.TrainBatches(images, torch.zeros(20000, dtype=torch.long), 256, 0, 'cpu').batches(0)
+    mapped = data.Arrays(torch.from_numpy(array), torch.zeros(20000, dtype=torch.long), array.base)
+    batches = data.TrainBatches(mapped, 256, 0, 'cpu').batches(0)
     for i in range(75):
         next(batches)
         if i == 20:  # torch's own code has been read from its files by now
@@ -423,9 +427,9 @@ def test_tiny_imagenet(tiny, monkeypatch):
         expected = np.asarray(Image.open(io.BytesIO(files[names[j]])).convert('RGB'))
         assert np.array_equal(images[i], expected) and labels[i] == int(names[j][8]) - 1  # n01 -> 0
     assert test_labels.tolist() == [1, 0, 2] and 'sorted' in about
-    small, _, _ = data.read_arrays('TinyImageNet200_x32', folder / 'TinyImageNet200_x32')
+    (small, same_labels), _, _ = data.read_arrays('TinyImageNet200_x32', folder / 'TinyImageNet200_x32')
     blocks = images.numpy().reshape(12, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
-    assert np.array_equal(small[0], np.floor(blocks + 0.5)) and torch.equal(small[1], labels)
+    assert np.array_equal(small, np.floor(blocks + 0.5)) and torch.equal(same_labels, labels)
     assert (folder / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
     trn, evals, _ = data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
     assert (len(trn), len(evals['val']), len(evals['tst'])) == (9, 3, 3)  # 12 * 81920 / 100000
@@ -434,13 +438,51 @@ def test_tiny_imagenet(tiny, monkeypatch):
         data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
 
 
+def write_tree(root, files):
+    """Files below a folder, and beside them what systems leave behind."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for folder in {(root / name).parent for name in files} | {root}:
+        for clutter in ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'):
+            (folder / clutter).parent.mkdir(exist_ok=True)
+            (folder / clutter).write_bytes(b'clutter')
+
+
+def sorted_val(files, pattern):
+    """The files with the images of val moved into class folders, and without the list of their classes."""
+    wnids = dict(line.split('\t')[:2] for line in files['val/val_annotations.txt'].splitlines())
+    moved = {f'val/images/{file}': pattern.format(wnid, file) for file, wnid in wnids.items()}
+    return {moved.get(name, name): x for name, x in files.items() if name != 'val/val_annotations.txt'}
+
+
+@pytest.mark.parametrize('layout', [
+    lambda files: sorted_val(files, 'val/{}/{}'), lambda files: sorted_val(files, 'val/{}/images/{}'),
+    lambda files: sorted_val(files, 'val/images/{}/{}'),
+    lambda files: {f'tiny-imagenet-200/{name}': x for name, x in files.items()},
+    lambda files: {name: x.replace('\n', '\r\n') if 'words' not in name and isinstance(x, str) else x
+                   for name, x in files.items()},
+    lambda files: {name.replace('images/n', 'n'): x for name, x in files.items()},
+    lambda files: {name: x for name, x in files.items() if name != 'words.txt'}])
+@pytest.mark.parametrize('zipped', [False, True])
+def test_layouts_of_tiny_imagenet(tiny, tmp_path, monkeypatch, layout, zipped):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    data.prepare('TinyImageNet200_x64', tmp_path)
+    usual, home = tmp_path / 'TinyImageNet200_x64', tmp_path / 'other' / 'tiny-imagenet-200'
+    write_tree(home, layout(tiny[1]))
+    if zipped:  # the files lie on top, without a folder around them
+        shutil.make_archive(home, 'zip', home)
+        shutil.rmtree(home)
+    data.prepare('TinyImageNet200_x64', home.parent)
+    for file in data.FILES:
+        assert (usual / file).read_bytes() == (home.parent / usual.name / file).read_bytes(), file
+
+
 def test_a_damaged_image_is_named(tiny, monkeypatch):
     folder, files = tiny
     monkeypatch.setenv(data.INCOMPLETE, '1')
     root = folder / 'tiny-imagenet-200'
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_tree(root, files)
     victim = root / 'train/n01/images/n01_2.JPEG'
     victim.write_bytes(victim.read_bytes()[:600])
     with pytest.raises(data.UserError, match='n01_2.JPEG is damaged'):
@@ -471,17 +513,21 @@ def batch_file(rng, n, size):
             'labels': rng.integers(1, 1001, size=n).tolist(), 'mean': np.zeros(3 * size * size)}
 
 
-@pytest.mark.parametrize('size,folders,zipped', [
-    (32, ['Imagenet32_train'], False), (64, ['Imagenet64_train'], True),
-    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False)])
-def test_official_imagenet_batches(tmp_path, monkeypatch, size, folders, zipped):
+@pytest.mark.parametrize('size,folders,zipped,npz', [
+    (32, ['Imagenet32_train'], False, False), (64, ['Imagenet64_train'], True, False),
+    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, False),
+    (32, ['Imagenet32_train_npz'], False, True), (32, ['Imagenet32_train_npz'], True, True)])
+def test_official_imagenet_batches(tmp_path, monkeypatch, size, folders, zipped, npz):
     rng, name = np.random.default_rng(0), f'ImageNet1k_x{size}'
     batches = {f'train_data_batch_{i}': batch_file(rng, 5, size) for i in range(1, 11)}
     homes = {batch: folders[i * len(folders) // 10] for i, batch in enumerate(batches)} | \
-        {'val_data': f'Imagenet{size}_val'}
+        {'val_data': f'Imagenet{size}_val' + '_npz' * npz}
     batches['val_data'] = batch_file(rng, 7, size)
     for i, (batch, home) in enumerate(homes.items()):
         content = pickle.dumps(batches[batch], protocol=2 + i % 4)
+        if npz:
+            np.savez(buffer := io.BytesIO(), **batches[batch])
+            content, batch = buffer.getvalue(), f'{batch}.npz'
         if zipped:
             with zipfile.ZipFile(tmp_path / f'{home}.zip', 'a') as archive:
                 archive.writestr(batch, content)
@@ -514,6 +560,14 @@ def test_missing_imagenet_batches_are_named(tmp_path):
 class Evil:
     def __reduce__(self):
         return os.system, ('touch evil',)
+
+
+def test_npz_batches_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez('batch.npz', data=np.array([Evil()], object), labels=[1])
+    with pytest.raises(data.UserError, match='is not a downsampled ImageNet batch .*allow_pickle'):
+        data.read_batch(tmp_path / 'batch.npz', 32)
+    assert not (tmp_path / 'evil').exists()
 
 
 @pytest.mark.parametrize('content', [
@@ -577,6 +631,67 @@ def test_ready_made_arrays_are_checked(tmp_path, monkeypatch):
         data.prepare('CIFAR10_x32', tmp_path)
 
 
+def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SETS, 'Own', dict(size=32, classes=5, train=80, val=20, test=10))
+    (tmp_path / 'Own').mkdir()
+    images, labels = arrays(100)[0], torch.arange(100) // 20
+    data.save_arrays(tmp_path / 'Own', 'train', images, labels)
+    data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
+    with pytest.raises(data.UserError, match='Own: val .* class 4. .* sorted by class, shuffle') as error:
+        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
+    says(str(error.value))
+    data.load('Own', tmp_path, 8, 8, 0, 'cpu', trained_elsewhere=True)
+    data.save_arrays(tmp_path / 'Own', 'train', images, labels[torch.randperm(100)])
+    assert len(data.load('Own', tmp_path, 8, 8, 0, 'cpu')[1]['val']) == 20
+
+
+def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch):
+    def refused(name, words, folder=tmp_path):
+        with pytest.raises(data.UserError, match=words) as error:
+            data.prepare(name, folder)
+        says(str(error.value))
+    for name in ('https_proxy', 'http_proxy'):  # one that nobody serves stands for a missing network
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    (tmp_path / 'disk').symlink_to('/nowhere/disk')
+    refused('CIFAR10_x32', 'disk is a link to /nowhere/disk, which is not there. Is a', tmp_path / 'disk')
+    (tmp_path / 'imagenet2012').symlink_to('/nowhere/imagenet')
+    refused('imagenet2012', 'imagenet2012 is a link to /nowhere/imagenet')
+    (tmp_path / 'file').touch()
+    refused('CIFAR10_x32', 'file is a file, but a folder is needed', tmp_path / 'file')
+    (tmp_path / 'cifar-10-python.tar.gz').write_bytes(b'half')
+    refused('CIFAR10_x32', r'cifar-10-python.tar.gz is damaged .its MD5 differs')
+    from torchvision.datasets import CIFAR10
+    roots = []  # where it is downloaded and extracted: another process may be at it, too
+    with monkeypatch.context() as patch:
+        patch.setattr(CIFAR10, 'download', lambda self: roots.append(Path(self.root)))
+        refused('CIFAR10_x32', 'is damaged')
+    assert roots and roots[0].parent.name.startswith('CIFAR10_x32.part.')
+    monkeypatch.setitem(sys.modules, 'torchvision.datasets', None)  # an import of it fails
+    refused('CIFAR10_x32', 'torchvision cannot be imported .* Install the one that belongs to torch')
+    assert {p.name for p in tmp_path.iterdir()} == {'disk', 'imagenet2012', 'file', 'cifar-10-python.tar.gz'}
+    monkeypatch.setitem(data.SETS, 'Own', dict(size=28, classes=5, train=80, val=20, test=10))
+    with pytest.raises(data.UserError, match='Own has images of 28 px, but the networks take 32 or 64'):
+        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', ['data.py', '--data-dir=~/here'])
+    monkeypatch.setattr(data, 'report', lambda data_dir: seen.append(data_dir))
+    seen = []
+    data.main()
+    assert seen == [tmp_path / 'here']
+
+
+def test_a_preparation_leaves_those_of_others_alone(tmp_path):
+    final = tmp_path / 'CIFAR10_x32'
+    with data.new_folder(final) as first:
+        (first / 'a').touch()
+        left_over = first.with_name(first.name + 'x')
+        left_over.mkdir()
+        with data.new_folder(final) as second:
+            assert first != second and (first / 'a').exists() and not left_over.exists()
+        (second := final / 'of the second').touch()
+    assert list(tmp_path.iterdir()) == [final] and second.exists()
+
+
 def test_a_killed_preparation_is_begun_anew(tiny, monkeypatch):
     folder, _ = tiny
     slow = ('import data, os, signal\n'
@@ -626,7 +741,14 @@ def class_folders(root, names, count, sizes=((120, 160), (200, 150), (300, 400))
             (root / name / f'{name}_{j}{suffix}').write_bytes(jpeg(image))
 
 
-WNIDS = [f'n{i:08}' for i in range(11)]
+ALL_WNIDS = [f'n{i:08}' for i in range(1000)]
+WNIDS = ALL_WNIDS[:11]
+
+
+def meta_mat(wnids):
+    """As MATLAB writes it: a header of 128 bytes, a tag of 8, compressed data with 16-bit letters."""
+    letters = b'\1\2\0\3'.join(wnid.encode('utf-16-le') for wnid in wnids)
+    return b'x' * 128 + b'\x0f\0\0\0\0\0\0\0' + zlib.compress(letters)
 
 
 @pytest.fixture(scope='session')
@@ -640,6 +762,7 @@ def make_imagenet(folder):
     class_folders(folder / 'imagenet2012/val', WNIDS, 2)
     class_folders(folder / 'imagenetv2-matched-frequency-format-val', ['0', '1', '10', '2'], 1)
     class_folders(folder / 'imagenet-r', WNIDS[1:3], 2, suffix='.jpg')
+    (folder / 'meta.mat').write_bytes(meta_mat(ALL_WNIDS))  # what puts few classes among all
     return folder
 
 
@@ -649,7 +772,21 @@ def encoded(image, kind, **options):
     return np.frombuffer(buffer.getvalue(), np.uint8).copy()
 
 
-def test_all_kinds_of_files_are_decoded_as_pillow_does():
+@pytest.fixture(params=['torchvision', 'torchcodec', 'pillow'])
+def decoder(request, monkeypatch):
+    """Takes the better decoders away until this one is chosen."""
+    if request.param == 'torchcodec':
+        pytest.importorskip('torchcodec.decoders')
+    for better in {'torchcodec': ['torchvision.io'], 'pillow': ['torchvision.io', 'torchcodec.decoders']}.get(
+            request.param, ()):
+        monkeypatch.setitem(sys.modules, better, None)
+    data.jpeg_decoder.cache_clear()
+    yield request.param
+    data.jpeg_decoder.cache_clear()
+
+
+def test_all_kinds_of_files_are_decoded_as_pillow_does(decoder, recwarn):
+    assert data.jpeg_decoder()[0] == decoder
     image = Image.fromarray(picture(np.random.default_rng(0), 90, 120))
     turned = Image.Exif()
     turned[0x0112] = 6  # the EXIF tag of orientation: to be ignored
@@ -659,6 +796,7 @@ def test_all_kinds_of_files_are_decoded_as_pillow_does():
     for file in files:
         expected = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert('RGB'))
         assert np.array_equal(data.decode_tensor(file, 'x').permute(1, 2, 0), expected)
+    assert not recwarn.list  # torchvision has a DeprecationWarning for each image
     deep = encoded(Image.fromarray(np.arange(0, 65536, 16, np.uint16).reshape(64, 64)), 'PNG')
     assert np.array_equal(data.decode_tensor(deep, 'x')[1].flatten(), np.arange(4096) // 16)
     for damaged in (files[0][:600], files[3][:300], np.zeros(0, np.uint8), np.zeros(99, np.uint8)):
@@ -695,6 +833,7 @@ def jpeg_train(folder, workers=0, rank=0, world=1, seed=7):
     return data.load('imagenet2012', folder, 8, 4, seed, 'cpu', rank, world, workers=workers)[0]
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
 def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
     monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
@@ -716,8 +855,20 @@ def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
     assert len(seen) == 14 * 8  # other crops in every epoch
 
 
-def test_cores_are_shared_among_the_ranks_of_a_machine(monkeypatch):
+def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
+    monkeypatch.setattr(data, 'CGROUPS', tmp_path)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    for files, workers in (({'cpu.max': 'max 100000\n'}, 16), ({'cpu.max': '400000 100000\n'}, 4),
+                           ({'cpu.max': '50000 100000'}, 1), ({'cpu.max': ''}, 16),
+                           ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 16),
+                           ({'cpu/cpu.cfs_quota_us': '300000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 3)):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content)
+        assert data.default_workers() == workers, files
+        (tmp_path / 'cpu.max').unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / 'cpu')
     for ranks, workers in ((1, 16), (8, 2), (32, 1)):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
         assert data.default_workers() == workers
@@ -740,7 +891,7 @@ def test_every_evaluation_file_once(imagenet, monkeypatch, batch, world, workers
 def test_test_sets_of_imagenet(imagenet, monkeypatch):
     """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
     import imagenet2012
-    with pytest.raises(data.UserError, match='11 class folders .* not 1000'):
+    with pytest.raises(data.UserError, match='holds 55 of 1281167 images, in 11 of 1000 classes'):
         data.prepare('imagenet2012', imagenet)
     monkeypatch.setenv(data.INCOMPLETE, '1')
     _, evals, _ = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=0)
@@ -756,8 +907,147 @@ def test_test_sets_of_imagenet(imagenet, monkeypatch):
     with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
         data.open_folder(folder, data.list_images(folder), WNIDS[:2], 200, 30000)
     monkeypatch.delenv(data.INCOMPLETE)
-    with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 class folders'):
+    with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 classes'):
         data.open_folder(folder, data.list_images(folder), WNIDS, 200, 30000)
+
+
+def kaggle(files, csv, home=''):
+    """The files in the folders of Kaggle's ImageNet, with a list of the classes of val."""
+    moved = {f'{home}ILSVRC/Data/CLS-LOC/{name}': x for name, x in files.items() if name[0] in 'tv'}
+    moved |= {f'{home}ILSVRC/Annotations/CLS-LOC/{name[:-4]}xml': '' for name in moved if '/train/' in name}
+    return moved | {csv: 'ImageId,PredictionString\r\n' + ''.join(
+        f'ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \r\n' for i, wnid in enumerate(VAL, 1))}
+
+
+VAL = ['n00000003', 'n00000001', 'n00000003', 'n00000007']  # the classes of ILSVRC2012_val_00000001 and on
+TRUTH = ''.join(f'{int(wnid[1:]) + 1}\n' for wnid in VAL)
+FLAT = {f'train/{wnid}/{wnid}_{i}.JPEG': b'' for wnid in sorted({*VAL}) for i in range(2)} | {
+    f'val/ILSVRC2012_val_{i:08}.JPEG': b'' for i in range(1, 5)}
+KIT = {'meta.mat': meta_mat(ALL_WNIDS), 'ILSVRC2012_validation_ground_truth.txt': TRUTH}
+TREES = {  # below --data-dir, and whether the order of all 1000 classes is known
+    'kit': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
+        f'imagenet2012/ILSVRC2012_devkit_t12/data/{k}': x for k, x in KIT.items()}, True),
+    'kit beside, lines of Windows': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
+        f'ILSVRC2012_devkit_t12/data/{k}': x.replace('\n', '\r\n') if k[0] == 'I' else x
+        for k, x in KIT.items()}, True),
+    'val alone': ({f'imagenet2012/{k}': x for k, x in {**FLAT, **KIT}.items() if k[0] != 't'}, True),
+    'kaggle moved': (kaggle(FLAT, 'imagenet2012/LOC_val_solution.csv', 'imagenet2012/'), False),
+    'kaggle, csv beside': ({k.replace('ILSVRC/Data/CLS-LOC', 'imagenet2012'): x for k, x in kaggle(
+        FLAT, 'LOC_val_solution.csv').items() if 'Annot' not in k}, False),
+    'kaggle linked': (kaggle(FLAT, 'kaggle/LOC_val_solution.csv', 'kaggle/'), False),
+    'names of hubs': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
+        f'imagenet2012/val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': b'' for i, wnid in enumerate(VAL, 1)}, False),
+    'train flat, folders twice': ({'imagenet2012/' + (
+        f'train/train/{Path(k).name}' if k[0] == 't' else f'val/val/{VAL[int(k[-6]) - 1]}/{Path(k).name}'): x
+        for k, x in FLAT.items()}, False),
+    'empty folders': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
+        f'imagenet2012/val/{wnid}/{i}.JPEG': b'' for i, wnid in enumerate(VAL)} | {
+        f'imagenet2012/train/{wnid}/.keep': b'' for wnid in ALL_WNIDS}, True),
+}
+
+
+@pytest.mark.parametrize('layout', TREES)
+def test_layouts_of_imagenet(tmp_path, monkeypatch, layout):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    files, known = TREES[layout]
+    write_tree(tmp_path, files)
+    if layout == 'kaggle linked':
+        (tmp_path / 'imagenet2012').symlink_to(tmp_path / 'kaggle/ILSVRC/Data/CLS-LOC')
+    parts, wnids, _ = data.open_imagenet(tmp_path)
+    assert wnids == (ALL_WNIDS if known else sorted({*VAL}))
+    of_val = {os.fsdecode(name): wnids[label] for name, label in zip(
+        parts['val'].names.tolist(), parts['val'].labels.tolist(), strict=True)}
+    assert [of_val[name] for name in sorted(of_val, key=lambda name: name[-8:])] == VAL or (
+        sorted(of_val.values()) == sorted(VAL) and layout in ('names of hubs', 'empty folders'))
+    if layout != 'val alone':
+        assert [wnids[label] for label in parts['train'].labels] == sorted([*{*VAL}] * 2)
+    given = dict(trained_elsewhere=True, workers=0)
+    if known:  # few classes, but each in its place among all: weights that always say 3 are right twice
+        val = data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)[1]['val']
+        assert sorted(val.images.labels.tolist()) == [1, 3, 3, 7]
+    else:
+        with pytest.raises(data.UserError, match='has 3 of the 1000 classes .*unpack imagenet2012') as error:
+            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)
+        says(str(error.value))
+        data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)  # but good for a trial
+    shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003', ignore_errors=True)
+    if layout in ('kit', 'names of hubs'):
+        with pytest.raises(data.UserError, match='imagenet2012: val has images of 1 classes that no '):
+            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)
+
+
+def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    shutil.copy(imagenet / 'meta.mat', tmp_path)
+    class_folders(tmp_path / 'imagenet-sketch/sketch', WNIDS[:2], 1)
+    class_folders(tmp_path / 'imagenet-a', ['n99999999'], 1)
+    (tmp_path / 'imagenet-r').mkdir()
+    (tmp_path / 'imagenetv2-matched-frequency-format-val').mkdir()
+    (tmp_path / 'imagenetv2-matched-frequency-format-val/a.jpeg').touch()
+    evals, about = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1:]
+    assert list(evals) == ['val', 'IN-Sketch'] and evals['IN-Sketch'].images.labels.tolist() == [0, 1]
+    assert f'decoded by {data.jpeg_decoder()[0]}' in about
+    left_out = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in left_out] == ['IN-V2', 'IN-R', 'IN-A']
+    assert evals['IN-Sketch'].absent is None
+    absent = data.load('imagenet2012', imagenet, 8, 4, 0, 'meta', workers=0)[1]['IN-R'].absent
+    assert absent.device.type == 'meta' and absent.dtype == torch.bool  # where the logits are
+
+
+def test_the_list_of_files_is_whole_or_not_there(tmp_path, monkeypatch):
+    class_folders(tmp_path / 'train', WNIDS[:2], 2)
+
+    def full(file, **arrays):
+        file.write(b'half')
+        raise OSError('No space left')
+    monkeypatch.setattr(np, 'savez', full)
+    assert len(data.list_images(tmp_path / 'train')[1]) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ['train']
+
+
+@pytest.mark.parametrize('where', ['loader', 'main'])
+def test_an_error_ends_the_program_and_its_loader_processes(imagenet, tmp_path, where):
+    """In a loader process, or in the loop, whose traceback keeps the batches; SIGTERM changes nothing."""
+    (tmp_path / 'program.py').write_text(f'''
+import multiprocessing, sys
+sys.path.insert(0, {str(HERE)!r})
+import data
+
+def broken(image, draws, flip):
+    raise RuntimeError('a crop of a wrong shape')
+
+def main():
+    if {where!r} == 'loader':
+        data.random_crop = broken
+    trn = data.load('imagenet2012', {str(imagenet)!r}, 8, 4, 0, 'cpu', workers=2)[0]
+    for _ in (batches := trn.batches(0)):
+        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+        raise RuntimeError('a crop of a wrong shape')
+
+if __name__ == '__main__':
+    main()
+''')
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, tmp_path / 'program.py'], env={**os.environ, **SMALL}, timeout=60,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and 'RuntimeError: a crop of a wrong shape' in done.stderr, done.stderr
+    assert where == 'main' or ('in broken' in done.stderr and 'process died' not in done.stderr)
+    assert time.monotonic() - began < 15  # the start included
+    for pid in done.stdout.split():
+        assert not Path('/proc', pid).exists()
+
+
+def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
+    monkeypatch.setenv(data.INCOMPLETE, '1')
+    at_exit = set()
+    monkeypatch.setattr(data, 'atexit', SimpleNamespace(register=at_exit.add, unregister=at_exit.remove))
+    val = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=1)[1]['val']
+    batches = iter(val)
+    next(batches)
+    assert at_exit and multiprocessing.active_children()
+    batches.close()
+    assert not at_exit and not multiprocessing.active_children()
 
 
 def test_the_list_of_files_follows_the_folders(tmp_path):
@@ -786,13 +1076,11 @@ def archives(tmp_path):
     inner = {}
     for wnid in WNIDS[:5]:
         tar(tmp_path / 'inner', {f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)})
-        inner[f'{wnid}.tar'] = (tmp_path / 'inner').read_bytes()
+        inner[f'./{wnid}.tar'] = (tmp_path / 'inner').read_bytes()
     tar(tmp_path / data.ARCHIVES[0], inner)
     order = [3, 1, 4, 0, 2]  # the kit has an order of its own
     truth = [1, 5, 2, 2, 3, 4] * 9000
-    # as MATLAB writes it: a header of 128 bytes, a tag of 8, compressed data with 16-bit letters
-    synsets = b'\1\2\0\3'.join(WNIDS[i].encode('utf-16-le') for i in order)
-    kit = {'meta.mat': b'x' * 128 + b'\x0f\0\0\0\0\0\0\0' + zlib.compress(synsets), '../../evil': b'x',
+    kit = {'meta.mat': meta_mat(WNIDS[i] for i in order), '../../evil': b'x',
            'ILSVRC2012_validation_ground_truth.txt': '\n'.join(map(str, truth[:50000])).encode()}
     tar(tmp_path / data.ARCHIVES[2], {f'ILSVRC2012_devkit_t12/data/{k}': v for k, v in kit.items()}, 'w:gz')
     images = {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)}
@@ -805,21 +1093,32 @@ def test_official_archives_and_flat_val(archives, monkeypatch):
     with pytest.raises(data.UserError, match='unpack imagenet2012.* --synthetic'):
         data.prepare('imagenet2012', folder)
     monkeypatch.setenv(data.INCOMPLETE, '1')
-    (folder / 'imagenet2012/train' / WNIDS[0]).mkdir(parents=True)  # unpacked before it was stopped
-    (folder / 'imagenet2012/train' / WNIDS[0] / 'a.JPEG').touch()
+    half = folder / 'imagenet2012/train' / WNIDS[0]  # extracted in part, the second file not to its end
+    half.mkdir(parents=True)
+    (half / f'{WNIDS[0]}_1.JPEG').write_bytes(b'xx')
+    (folder / 'imagenet2012/val').mkdir()
+    (folder / data.ARCHIVES[1]).rename(folder / 'imagenet2012/val' / data.ARCHIVES[1])
     data.unpack_imagenet(folder)
     parts, wnids, _ = data.open_imagenet(folder)
-    assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert data.decode_tensor(*parts['train'].read(1)).shape == (3, 80, 90)
     assert parts['val'].labels.tolist() == val_labels and len(data.decode_tensor(*parts['val'].read(5))) == 3
+    before = {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
+    data.unpack_imagenet(folder)  # adds nothing
+    assert before == {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
     assert not list(folder.rglob('*evil*')) and not list(folder.rglob('*.part*'))
     (folder / 'imagenet2012/val/other.jpg').touch()
-    with pytest.raises(data.UserError, match='do not fit together: 7 images'):
+    with pytest.raises(data.UserError, match='nothing says the class of other.jpg'):
         data.open_imagenet(folder)
     (folder / 'imagenet2012/val/other.jpg').unlink()
-    (folder / 'imagenet2012/val/ILSVRC2012_val_00000003.JPEG').unlink()
-    (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 200)
-    with pytest.raises(data.UserError, match='do not fit together'):
+    (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 128 + b'\x0fdamaged')
+    with pytest.raises(data.UserError, match='meta.mat cannot be read'):
         data.open_imagenet(folder)
+    monkeypatch.delenv(data.INCOMPLETE)
+    (folder / 'imagenet2012/val' / WNIDS[0]).mkdir()  # sorted by somebody, who was stopped
+    with pytest.raises(data.UserError, match='only 0 images in them. Delete .*val, then run this again'):
+        data.unpack_imagenet(folder)
+    (folder / 'imagenet2012/val' / data.ARCHIVES[1]).rename(folder / data.ARCHIVES[1])
     for archive in data.ARCHIVES:
         os.truncate(folder / archive, 700)
     with pytest.raises(data.UserError, match='is damaged .*Fetch it again'):
@@ -834,7 +1133,7 @@ def test_pack(imagenet, tmp_path, monkeypatch, short_side):
     files = data.open_imagenet(tmp_path)[0]
     data.pack_imagenet(tmp_path, short_side)
     packed, wnids, about = data.open_imagenet(tmp_path)
-    assert wnids == WNIDS and 'packed' in about
+    assert wnids == ALL_WNIDS and 'packed' in about
     for part in ('train', 'val'):
         assert np.array_equal(packed[part].labels, files[part].labels)
         for i in range(len(files[part])):
@@ -882,6 +1181,7 @@ def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_pat
         imagenet2012.main()
     (tmp_path / 'imagenet2012').mkdir()  # val alone is enough
     (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
+    shutil.copy(imagenet / 'meta.mat', tmp_path)
     monkeypatch.setattr(sys, 'argv', [*map(str, command), '--data-dir', str(tmp_path)])
     imagenet2012.main()
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
@@ -901,7 +1201,7 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     def broken(tensor, device):
         raise RuntimeError('device-side assert')
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
-        patch.setattr(data, 'to', broken)  # this is no loader's fault
+        patch.setattr(data, 'to_device', broken)  # this is no loader's fault
         next(jpeg_train(tmp_path, 0).batches(0))
     for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
         os.truncate(file, 900)

@@ -114,7 +114,8 @@ def main():
         ranks.rank_0_first(data.prepare, DATASET, args.data_dir)
     per_pass = args.batch // world // args.accum  # images that go through the net at once
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
-                                  ranks.rank, world, args.synthetic, args.workers)
+                                  ranks.rank, world, args.synthetic, args.workers,
+                                  trained_elsewhere=args.eval is not None)
 
     # network, optimizer and the two forward passes
     torch.manual_seed(args.seed)
