@@ -54,6 +54,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+if sys.version_info < (3, 10):
+    print(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}.', file=sys.stderr)
+    sys.exit(2)
+
 try:
     import fcntl
 except ImportError:  # Windows

@@ -5,7 +5,7 @@
     python logs/bench.py --ours 20x1 20x4     without the usual style, which takes most of the time
     python logs/bench.py imagenet2012         how fast its files are decoded and cropped, on the CPU
 
-Images are generated, so no data set is needed. `ours` is the script itself with its default precision; on CUDA,
+Images are generated, so no data set is needed. `ours` is the script with its default precision; on CUDA,
 `graphs` is the same with TORCHINDUCTOR_CUDAGRAPHS=1 and `eager` with --no-compile. `usual` is NCHW, fp32, a
 DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since
 machines have slow minutes.
