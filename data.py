@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 - pip may have installed all this for an older one
     print(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}.', file=sys.stderr)
     sys.exit(2)
 
