@@ -1,21 +1,20 @@
-"""Turns the logs of finished runs into the README's tables, the reference's figures beside ours.
+"""Turns logs into tables and pictures of README.md and logs/README.md, the reference's figures beside ours.
 
-The table of what nets cost comes from logs/bench.txt, which is what python logs/bench.py --ours printed.
+    python logs/table.py              prints the tables
+    python logs/table.py --write      puts them into both pages, and the published weights into .gitignore
+    python logs/table.py --check      fails if a log, a table or a link is wrong
+    python logs/table.py --plot       draws logs/curves-<DATASET>.png (needs matplotlib)
 
-    python logs/table.py                          prints the tables
-    python logs/table.py --write                  puts them into README.md, between its markers
-    python logs/table.py --check                  fails if README.md, a link in it or a RESULT line is wrong
-    python logs/table.py --plot out.png LOG...    draws learning curves (needs matplotlib)
+The logs that count lie in the folders of the seven data sets; those of copied scripts, and of -synthetic and
+-incomplete data, do not. A run stands beside a row of reference.csv if data set, net and schedule (batch,
+updates, learning rate, weight decay) are the same. Where the reference has such a row in fp32 and in fp16,
+runs in fp32 stand beside the first, all others beside the second. Runs that were stopped, or still go on,
+count as far as their rows go. Finished runs without a row to stand beside come last.
 
-The logs that count have a RESULT line and lie in the folders of the seven data sets: unfinished runs, those
-on -synthetic and -incomplete data and those of copied scripts stay out. Figures are means over seeds, ± the
-standard deviation of a sample (n - 1). Of runs that differ in nothing but their date the newest counts. Runs
-on different devices get lines of their own.
-
-A run stands beside a row of reference.csv if data set, net, precision, batch, updates, learning rate and
-weight decay are the same. A run of the same schedule whose net or precision the reference lacks (say,
-bf16 on a CPU) gets a line in the same table, without reference figures. All others, most of them shorter,
-come last.
+Figures are means over seeds, ± the standard deviation of a sample (n - 1). Of runs with the same settings,
+seed and device the newest counts; one that was stopped only if none is finished. Other devices have other
+lines.
+Weights (.best.pt) of finished runs beside a row are published if they are there and have at most 5 MB.
 """
 import argparse
 import csv
@@ -32,19 +31,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cifar10_x32 import run_folder  # noqa: E402 - the line above finds these
-from data import UserError  # noqa: E402
-from resnet import ResNet, multiply_adds, parameters  # noqa: E402
+from data import UserError  # noqa: E402 - the line above finds these
+from logs.run import run_folder_name  # noqa: E402
+from resnet import ResNet, parameters  # noqa: E402
 
 NUMBER = r'(-?\d+\.?\d*(?:e[-+]\d+)?|-?inf|nan)'
 ROW = re.compile(r' *([1-9]\d*) +' + f'{NUMBER} +' * 9 + r'((?:\d+ days?, )?\d+:\d\d:\d\d)( \*)?')
 ROW_KEYS = 'iter lr trn_loss trn_acc val_acc val_nll iter_per_min img_per_s wait skipped elapsed best'.split()
 EVALUATION = re.compile(rf'(\S+) +acc {NUMBER}  nll {NUMBER}  \d+ images')
-SCHEDULE = ('batch', 'iters', 'lr', 'wd')
-SETTINGS = ('dataset', 'depth', 'width', 'precision', *SCHEDULE)
+SCHEDULE = ('dataset', 'depth', 'width', 'batch', 'iters', 'lr', 'wd')
+SETTINGS = (*SCHEDULE, 'precision')
+CURVE = ('dataset', 'depth', 'width', 'batch', 'precision', 'hardware')
 INTEGERS = ('depth', 'width', 'seed', 'params', 'batch', 'iters', 'best_iter', 'world')
 FLOATS = ('lr', 'wd', 'val_acc', 'val_nll', 'iter_per_min', 'img_per_s', 'hours')
-MARKERS = '<!-- {}: made by python logs/table.py --write -->', '<!-- end of {} -->'
+TEST_SETS = {'IN-V2': 'inv2_acc', 'IN-R': 'inr_acc', 'IN-A': 'ina_acc', 'IN-Sketch': 'insketch_acc'}
+NAMES = {'batch': 'batch', 'iters': 'updates', 'lr': 'learning rate', 'wd': 'weight decay',
+         'hardware': 'reference on'}
 
 
 # ---- logs ----
@@ -71,7 +73,7 @@ def read_log(path):
             log.result = read_result(path, line)
         elif not log.rows and ': ' in line:
             key, value = line.split(': ', 1)
-            log.header[key.strip()] = value
+            log.header[key.strip()] = f'{float(value):g}' if key.strip() in ('lr', 'wd') else value
     log.devices = log.devices or log.header.get('devices')
     return log
 
@@ -96,19 +98,40 @@ def count_parameters(depth, width, image_size, num_classes):
 
 
 def contradictions(log, logs):
-    """Yields how a RESULT line contradicts its log's header and rows, resnet.py, or its place in `logs`."""
-    result, rows, header = log.result, log.rows, log.header
+    """Yields what is wrong with a log, finished or not: with its header, its rows, its place in `logs`."""
+    header, rows = log.header, log.rows
     try:
-        last, best = rows[-1], [row for row in rows if row['best']][-1]
-        header = header | {key: f'{float(header[key]):g}' for key in ('lr', 'wd')}
+        config = {key: int(header[key]) for key in ('depth', 'width', 'batch', 'iters', 'seed', 'params')}
+        config |= {key: float(header[key]) for key in ('lr', 'wd')} | {'precision': header['precision']}
         shape = [int(header[key]) for key in ('depth', 'width', 'image_size', 'num_classes')]
-        said = [('params', str(count_parameters(*shape)), 'resnet.py')]
-        said += [(key, header[key], 'the header') for key in (*SETTINGS, 'seed', 'params')]
-    except (IndexError, KeyError, ValueError) as error:
-        yield f'it has a RESULT line, but its header or rows are incomplete ({error})'
+        values(header, ('command', 'versions', 'devices', 'commit', 'images', 'momentum', 'warmup'))
+        place = Path(header['dataset'], run_folder_name(config), header['seed'])
+    except (KeyError, ValueError) as error:
+        yield f'its header is incomplete ({error})'
         return
-    said += [('iters', last['iter'], 'the last row'), ('iter_per_min', last['iter_per_min'], 'the last row'),
-             ('best_iter', best['iter'], 'the last row with *')]
+    if count_parameters(*shape) != config['params']:
+        yield f'the header has params {config["params"]}, resnet.py {count_parameters(*shape)}'
+    if logs / place != log.path.parent:
+        yield f'with these settings it belongs into {place}'
+    every = int(rows[0]['iter']) if rows else 1
+    complete = [*range(every, config['iters'], every), config['iters']]
+    if [int(row['iter']) for row in rows] != (complete if log.result else complete[:len(rows)]):
+        yield f'its rows are not those of every {every} updates, each once, up to {config["iters"]}'
+    best = -1.0
+    for row in rows:  # two that look the same may differ in what was rounded off
+        accuracy = float(row['val_acc'])
+        if accuracy > best and not row['best'] or accuracy < best and row['best']:
+            yield f'row {row["iter"]} is {"" if row["best"] else "not "}marked as the best, wrongly'
+        best = max(best, accuracy)
+    if log.result and any(row['best'] for row in rows):
+        yield from result_contradictions(log)
+
+
+def result_contradictions(log):
+    result, last, best = log.result, log.rows[-1], [row for row in log.rows if row['best']][-1]
+    said = [(key, log.header[key], 'the header') for key in (*SETTINGS, 'seed', 'params')]
+    said += [('iter_per_min', last['iter_per_min'], 'the last row')]
+    said += [('best_iter', best['iter'], 'the last row with *')]
     said += [(key, best[key], 'the last row with *') for key in ('val_acc', 'val_nll')]
     evaluated = sorted({*log.evals, *(key for key in result if key.endswith(('_acc', '_nll')))})
     said += [(key, log.evals.get(key), 'the lines below the rows') for key in evaluated]
@@ -116,275 +139,343 @@ def contradictions(log, logs):
     for key, value, source in said:
         if result.get(key) != value:
             yield f'RESULT has {key}={result.get(key)}, {source} {value}'
-    if float(best['val_acc']) < max(float(row['val_acc']) for row in rows):
-        yield 'the last row with * does not have the highest val acc'
-    every, iters = int(rows[0]['iter']), int(last['iter'])
-    if [int(row['iter']) for row in rows] != [*range(every, iters, every), iters]:
-        yield f'its rows are not those of every {every} updates, each once'
-    speeds = [float(row['img_per_s']) for row in rows]
+    speeds = [float(row['img_per_s']) for row in log.rows]
     if not min(speeds) <= float(result['img_per_s']) <= max(speeds):
         yield f'RESULT has img_per_s={result["img_per_s"]}, its rows {min(speeds):.0f} to {max(speeds):.0f}'
     units = zip(reversed(re.findall(r'\d+', last['elapsed'])), (1, 60, 3600, 86400), strict=False)
     if not -2 < 3600 * float(result['hours']) - sum(int(count) * unit for count, unit in units) < 60:
         yield f'RESULT has hours={result["hours"]}, the last row {last["elapsed"]}'
-    settings = {key: int(result[key]) for key in INTEGERS} | {key: float(result[key]) for key in ('lr', 'wd')}
-    args = SimpleNamespace(**settings, precision=result['precision'], log_dir=logs)
-    if (folder := run_folder(args, result['dataset'])) != log.path.parent:
-        yield f'with these settings it belongs into {folder.relative_to(logs)}'
 
 
-def read_finished(logs, datasets):
-    """(logs with a RESULT line in the folders of these data sets, sentences on what is wrong with them)."""
-    finished, problems = [], []
+def read_logs(logs, datasets):
+    """(good logs with rows in the folders of these data sets, sentences on what is wrong with the others)."""
+    good, problems = [], []
     for path in sorted(path for name in datasets for path in (logs / name).rglob('*.log')):
         try:
             log = read_log(path)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             problems.append(str(error))
             continue
-        if log.result:
-            finished.append(log)
-            problems += [f'{path}: {text}.' for text in contradictions(log, logs)]
-    return finished, problems
+        wrong = list(contradictions(log, logs))
+        problems += [f'{path}: {text}.' for text in wrong]
+        good += [log] if log.rows and not wrong else []
+    return good, problems
 
 
-# ---- tables: a line is a pair of a row (of reference.csv, or like one) and the logs of its seeds ----
+# ---- lines: a row of the reference and the runs beside it, which differ in their seed only ----
 
 def values(row, keys):
     return tuple(row[key] for key in keys)
 
 
-def device(log):
-    return f'{log.result["world"]} x {log.result["device"]}'
+def read_reference(logs):
+    """The rows of reference.csv, strings, each with its `curve`: {update: row of reference_curves.csv}."""
+    rows, points = ([*csv.DictReader((logs / name).read_text().splitlines())]
+                    for name in ('reference.csv', 'reference_curves.csv'))
+    curves = {values(row, CURVE): {} for row in rows}
+    for point in points:
+        curves[values(point, CURVE)][point['iter']] = point
+    return [row | {'curve': curves[values(row, CURVE)]} for row in rows]
 
 
-def pair_up(reference, logs):
-    """All lines: those of the reference in its order, with or without logs, then those of other settings."""
-    seeds = {}
-    for log in sorted(logs, key=lambda log: log.path.name):  # by date, so that the newest stays
-        seeds.setdefault((values(log.result, SETTINGS), device(log)), {})[int(log.result['seed'])] = log
-    groups = [(settings, [group[seed] for seed in sorted(group)])
-              for (settings, _), group in sorted(seeds.items())]
-    lines, known = [], [values(row, SETTINGS) for row in reference]
-    for row in reference:
-        lines += [(row, group) for key, group in groups if key == values(row, SETTINGS)] or [(row, [])]
-    for settings, group in groups:
-        if settings not in known:
-            row = dict.fromkeys(reference[0], '') | dict(zip(SETTINGS, settings, strict=True))
-            lines.append((row | {'params': group[0].result['params']}, group))
-    return lines
+def group(logs):
+    """Lists of runs that differ in their seed only; a run that was stopped is alone."""
+    newest, groups = {}, {}
+    finished = {values(log.header, (*SETTINGS, 'seed')) for log in logs if log.result}
+    for log in sorted(logs, key=lambda log: log.path.name):  # by date
+        run = values(log.header, (*SETTINGS, 'seed'))
+        if log.result or run not in finished:
+            newest[run, log.result and log.devices] = log
+    for (run, devices), log in sorted(newest.items(), key=lambda item: int(item[0][0][-1])):  # by seed
+        groups.setdefault((run[:-1], devices) if log.result else run, []).append(log)
+    return list(groups.values())
 
 
-def mean(key, decimals, factor=1):
-    """A column: mean ± standard deviation over logs. '—' if there are none, '' if one lacks the key."""
-    def cell(row, logs):
-        if not logs:
-            return '—'
-        if not all(key in log.result for log in logs):
-            return ''
-        numbers = [factor * float(log.result[key]) for log in logs]
-        spread = f' ± {statistics.stdev(numbers):.{decimals}f}' if len(numbers) > 1 else ''
-        return f'{statistics.fmean(numbers):.{decimals}f}{spread}'
-    return cell
+def make_lines(reference, logs):
+    """([(row, runs or [])] of all rows in their order, [(header, runs)] of finished runs without a row)."""
+    beside, others = [], []
+    for runs in group(logs):
+        header = runs[0].header
+        rows = [row for row in reference if values(row, SCHEDULE) == values(header, SCHEDULE)]
+        precision = 'fp32' if header['precision'] == 'fp32' else 'fp16'
+        rows = [row for row in rows if row['precision'] == precision] or rows
+        beside += [(row, runs) for row in rows]
+        others += [(header, runs)] if runs[0].result and not rows else []
+    lines = [[line for line in beside if line[0] is row] or [(row, [])] for row in reference]
+    return sum(lines, []), others
 
 
-def script(row, logs):
-    name = f'{row["dataset"].lower()}.py'
-    return f'[{name}]({name})' if (ROOT / name).exists() else name
+def losses(row, runs):
+    """Of each run, [(the reference's training loss, ours)] at all updates that both curves have, as strings."""
+    return [[(row['curve'][point['iter']]['trn_loss'], point['trn_loss'])
+             for point in log.rows if point['iter'] in row['curve']] for log in runs]
 
 
-def links(row, logs):
-    return ' '.join(f'[{log.result["seed"]}]({"/".join(log.path.parts[-5:])})' for log in logs) or '—'
+def ratios(row, runs):
+    return [float(ours) / float(theirs) for pairs in losses(row, runs) for theirs, ours in pairs]
 
 
-FIGURES = {'val': ('val_acc', 4), 'tst': ('tst_acc', 4), 'tst nll': ('tst_nll', 4), 'IN': ('in_acc', 4),
-           'IN-V2': ('inv2_acc', 4), 'iter/min': ('iter_per_min', 0)}  # what the reference has, too
-CELL = {  # title of a column -> function of a line
-    'script': script,
-    'data set': lambda row, logs: row['dataset'],
-    'net': lambda row, logs: f'R{row["depth"]}x{row["width"]}',
-    'params': lambda row, logs: f'{int(row["params"]) / 1e6:.2f} M',
-    'precision': lambda row, logs: row['precision'],
-    **{key: lambda row, logs, key=key: row[key] for key in ('batch', 'lr', 'wd')},
-    'updates': lambda row, logs: row['iters'],
-    **{title: mean(*figure) for title, figure in FIGURES.items()},
-    **{f'ref. {title}': lambda row, logs, key=key: row[key] for title, (key, _) in FIGURES.items()},
-    'minutes': mean('hours', 1, factor=60),
-    'img/s': mean('img_per_s', 0),
-    'ref. device': lambda row, logs: row['hardware'],
-    'device': lambda row, logs: device(logs[0]) if logs else '—',
-    'n': lambda row, logs: str(len(logs)),
-    'logs by seed': links,
-}
+def mean_ratio(row, runs):
+    return statistics.geometric_mean(ratios(row, runs))
 
 
-def markdown(titles, lines):
-    cells = [titles, ['-'] * len(titles), *([CELL[title](*line) for title in titles] for line in lines)]
-    return ''.join(f'| {" | ".join(texts)} |\n' for texts in cells)
+# ---- tables ----
+
+def mean(numbers, decimals):
+    spread = f' ± {statistics.stdev(numbers):.{decimals}f}' if len(numbers) > 1 else ''
+    return f'{statistics.fmean(numbers):.{decimals}f}{spread}'
 
 
-def make_tables(reference, logs):
-    """Markdown for the two places in README.md: {'headline': ..., 'results': ...}.
-
-    The headline has the row of each data set with the highest reference accuracy, among those run if any was.
-    """
-    lines, headline, results, others = pair_up(reference, logs), [], '', []
-    for dataset in dict.fromkeys(row['dataset'] for row in reference):
-        rows = [row for row in reference if row['dataset'] == dataset]
-        schedules, usual = {values(row, SCHEDULE) for row in rows}, []
-        for row, group in lines:
-            if row['dataset'] == dataset:
-                (usual if values(row, SCHEDULE) in schedules else others).append((row, group))
-        headline.append(max((line for line in usual if line[0] in rows),
-                            key=lambda line: (line[1] != [], float(line[0]['val_acc']), len(line[1]))))
-        titles = ['net', 'params', 'precision', *['batch'] * (len({row['batch'] for row in rows}) > 1)]
-        for title, (key, _) in FIGURES.items():
-            titles += [f'ref. {title}', title] if any(row[key] for row in rows) else []
-        titles += ['ref. device', 'device', 'n', 'logs by seed']
-        results += f'### {dataset}\n\n{markdown(titles, usual)}\n'
-    if others:
-        titles = ('data set', 'net', 'precision', 'batch', 'updates', 'lr', 'wd', 'val', 'tst', 'minutes',
-                  'img/s', 'device', 'n', 'logs by seed')
-        results += f'### Shorter runs and other settings\n\n{markdown(titles, others)}'
-    titles = ('script', 'net', 'params', 'precision', 'ref. val', 'val', 'ref. tst', 'tst', 'minutes',
-              'device', 'logs by seed')
-    return dict(headline=markdown(titles, headline), results=results)
+def ours(runs, key, decimals=4, factor=1):
+    """Mean ± standard deviation of a figure of RESULT lines, '' if one of them lacks it. IN is val."""
+    figures = [log.result and log.result.get(key, log.result['val_acc'] if key == 'in_acc' else None)
+               for log in runs]
+    return mean([factor * float(figure) for figure in figures], decimals) if figures and all(figures) else ''
 
 
-@functools.lru_cache
-def cost_table(bench):
-    """Markdown for what nets cost, the first one as the unit, from the text that bench.py --ours printed."""
-    pattern = r' *(\d+)x(\d+) +(\d+) +(\d+) +ours +\w+ +(\d+) +(\d+) +\S+ +\S+ +(\d+) +(\d+)\s*'
-    table = [match.groups() for match in map(re.compile(pattern).fullmatch, bench.splitlines()) if match]
-    if not table:
-        raise UserError('logs/bench.txt has no line of a net: it is made by python logs/bench.py --ours')
-    units, lines = [], ''
-    for depth, width, px, batch, iter_per_min, img_per_s, memory, limit in table:
-        with torch.device('meta'):
-            net = ResNet(int(depth), int(width), int(px), 1000, (0.5,) * 3, (0.5,) * 3)
-        rate = float(img_per_s)
-        if int(iter_per_min) > rate:  # both are rounded: the larger one has more digits
-            rate = int(iter_per_min) * int(batch) / 60
-        costs = multiply_adds(net, int(px)) / 1e6, 1 / rate
-        units = units or costs
-        lines += (f'| R{depth}x{width} | {px} | {batch} | {costs[0]:.0f} | {costs[0] / units[0]:.1f} '
-                  f'| {costs[1] / units[1]:.1f} | {iter_per_min} | {img_per_s} | {int(memory) / 1000:.1f} '
-                  f'| {limit} % |\n')
-    titles = ('net', 'px', 'batch', 'multiply-adds, M', 'relative', 'time per image, relative', 'iter/min',
-              'img/s', 'memory, GB', 'of the matrix rate')
-    return (f'| {" | ".join(titles)} |\n|{" - |" * len(titles)}\n{lines}\n'
-            f'[logs/bench.txt](logs/bench.txt): {bench.splitlines()[0]}.')
+def pair(theirs, ours):
+    """The reference's figure and, in bold type, ours, as far as there are any."""
+    return ' / '.join(filter(None, [theirs, ours and f'**{ours}**']))
 
 
-# ---- README.md ----
-
-def put(readme, name, text):
-    """A README with `text` between the markers called `name`."""
-    start, end = (marker.format(name) for marker in MARKERS)
-    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise UserError(f'README.md needs the lines "{start}" and "{end}", each once and in this order.')
-    return f'{readme.split(start)[0]}{start}\n\n{text.strip()}\n\n{end}{readme.split(end)[1]}'
+def named(figure, keys):
+    return ', '.join(f'{name} {figure(key)}' for name, key in keys.items() if figure(key))
 
 
-def dead_links(readme, root):
-    """Yields the targets of links that are neither on the web, nor a file, nor a heading of `readme`."""
-    prose = re.sub(r'^```.*?^```$', '', readme, flags=re.M | re.S)
-    anchors = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
-               for heading in re.findall(r'^#+ (.*)', prose, re.M)]
-    for target in re.findall(r'\]\(([^)\s]+)\)', prose):
-        file, _, anchor = target.partition('#')
-        if not re.match(r'\w+:', target) and not ((root / file).exists() if file else anchor in anchors):
+def net(row):
+    return f'R{row["depth"]}x{row["width"]}'
+
+
+def loss(row, runs):
+    pairs = losses(row, runs)
+    return pair(pairs[0][-1][0], mean([float(log[-1][1]) for log in pairs], 4)) if any(pairs) else ''
+
+
+def weights(log):
+    """Path of the weights of a run, or None if they are not there or too large to be published."""
+    path = log.path.with_suffix('.best.pt')
+    return path if path.exists() and path.stat().st_size <= 5_000_000 else None
+
+
+def links(row, runs, file=lambda log: log.path):
+    return ' '.join(f'[{log.header["seed"]}]({"/".join(file(log).parts[-4:])})' for log in runs if file(log))
+
+
+def markdown(columns, lines):
+    """A table of {title: function of a line}, without the columns that would be empty."""
+    cells = {title: [cell(*line) for line in lines] for title, cell in columns.items()}
+    cells = {title: texts for title, texts in cells.items() if any(texts)}
+    table = [cells, ['-'] * len(cells), *zip(*cells.values(), strict=True)]
+    return ''.join(f'| {" | ".join(texts)} |\n' for texts in table)
+
+
+def data_set_table(lines):
+    """What the rows of a data set have in common, in a sentence, then a line for each."""
+    same = {key: name for key, name in NAMES.items() if len({row[key] for row, _ in lines}) == 1}
+    common = ', '.join(f'{name} {lines[0][0][key]}' for key, name in same.items())
+    more = [key for key in ('batch', 'hardware') if key not in same]  # the rest follows the batch
+
+    def figure(key):
+        return lambda row, runs: pair(row[key], any(row[key] for row, _ in lines) and ours(runs, key))
+
+    return f'{common[0].upper()}{common[1:]}.\n\n' + markdown({
+        ', '.join(['net, parameters', *(NAMES[key] for key in more)]):
+            lambda row, runs: ', '.join([net(row), f'{row["params_m"]} M', *values(row, more)]),
+        'precision': lambda row, runs: pair(row['precision'], runs and runs[0].header['precision']),
+        'val': figure('val_acc'), 'tst': figure('tst_acc'), 'tst nll': figure('tst_nll'),
+        'IN': figure('in_acc'),
+        'other test sets': lambda row, runs: pair(named(row.get, TEST_SETS),
+                                                  named(lambda key: ours(runs, key), TEST_SETS)),
+        'updates': lambda row, runs: runs and f'**{runs[0].rows[-1]["iter"]}**' or '',
+        'trn loss': loss,
+        'mean ratio': lambda row, runs: any(ratios(row, runs)) and f'**{mean_ratio(row, runs):.3f}**' or '',
+        'log by seed': links}, lines)
+
+
+def other_table(lines):
+    return markdown({
+        'data set': lambda row, runs: row['dataset'],
+        'net': lambda row, runs: net(row),
+        'settings': lambda row, runs: '{precision}, batch {batch}, lr {lr}, wd {wd}'.format_map(row),
+        'updates': lambda row, runs: row['iters'],
+        'val': lambda row, runs: ours(runs, 'val_acc'), 'tst': lambda row, runs: ours(runs, 'tst_acc'),
+        'minutes': lambda row, runs: ours(runs, 'hours', 1, factor=60),
+        'device': lambda row, runs: runs[0].devices, 'log by seed': links}, lines)
+
+
+def finished_table(lines):
+    both = {'val': 'val_acc', 'tst': 'tst_acc'}
+    return markdown({
+        'data set': lambda row, runs: row['dataset'],
+        'net': lambda row, runs: f'{net(row)}, {runs[0].header["precision"]}',
+        'reference': lambda row, runs: named(row.get, both),
+        'ours': lambda row, runs: named(lambda key: ours(runs, key), both),
+        'hours': lambda row, runs: ours(runs, 'hours', 1),
+        'device': lambda row, runs: runs[0].devices, 'log by seed': links,
+        'weights': lambda row, runs: links(row, runs, weights)}, lines).replace('](', '](logs/')
+
+
+# ---- sentences ----
+
+def on_finished(row, runs):
+    key, off = 'tst_acc' if row['tst_acc'] else 'val_acc', 100 * mean_ratio(row, runs) - 100
+    farthest = max(100 * abs(ratio - 1) for ratio in ratios(row, runs))
+    return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
+            f'{ours(runs, "hours", 1)} hours) reaches a {"test" if row["tst_acc"] else "validation"} accuracy of '
+            f'**{ours(runs, key)}**, the reference {row[key]}; its training loss is within {farthest:.1f} % of '
+            f'the reference\'s at all {len(ratios(row, runs[:1]))} rows of their logs, {abs(off):.1f} % '
+            f'{"higher" if off > 0 else "lower"} in the geometric mean.')
+
+
+def on_stopped(lines):
+    if not lines:
+        return ''
+    means = [mean_ratio(*line) for line in lines]
+    updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
+    return (f'\nOf {len(lines)} more rows the first {min(updates)} to {max(updates)} updates have been run: their '
+            f'training losses are {min(means):.2f} to {max(means):.2f} times the reference\'s, in the geometric '
+            f'mean of each run.')
+
+
+def on_the_rest(lines):
+    run, left = {values(row, SCHEDULE[:3]) for row, runs in lines if runs}, {}
+    for row, _ in lines:
+        if values(row, SCHEDULE[:3]) not in run:
+            left.setdefault(row['dataset'], {})[net(row)] = None
+    begun = {dataset for dataset, *_ in run}
+    parts = [f'{name} ({", ".join(nets)})' if name in begun else name for name, nets in left.items()]
+    return f'Not run here yet: {", ".join(parts)}.' if parts else ''
+
+
+# ---- pages ----
+
+def make(root):
+    """({page: {name of a place on it: text}}, what is wrong with the logs, in sentences)."""
+    logs = root / 'logs'
+    reference = read_reference(logs)
+    datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
+    good, problems = read_logs(logs, datasets)
+    lines, others = make_lines(reference, good)
+    begun = {id(runs): (row, runs) for row, runs in reversed(lines) if runs}  # once, where several rows fit
+    begun = [line for line in lines if line in begun.values()]
+    finished = [line for line in begun if line[1][0].result]
+    tables = ''
+    for dataset in datasets:
+        mine = [line for line in lines if line[0]['dataset'] == dataset]
+        picture = f'![{dataset}](curves-{dataset}.png)\n\n' if any(runs for _, runs in mine) else ''
+        tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
+    published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
+    return {
+        'README.md': {'headline': on_finished(*finished[0]) if finished else '',
+                      'results': finished_table(finished)
+                      + on_stopped([line for line in begun if line not in finished])},
+        'logs/README.md': {'results': tables, 'rest': on_the_rest(lines), 'others': other_table(others),
+                           'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
+        '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
+    }, problems
+
+
+def put(page, text, name, new):
+    """The text of a page with `new` between the markers called `name`."""
+    marker = '# {}' if page == '.gitignore' else '<!-- {} -->'
+    start, end = map(marker.format, (f'{name}: made by python logs/table.py --write', f'end of {name}'))
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f'{page} needs the lines "{start}" and "{end}", each once and in this order.')
+    middle = '\n\n'.join([start, *([new.strip()] if new else []), end])
+    return text.split(start)[0] + middle + text.split(end)[1]
+
+
+def dead_links(path):
+    """Yields the targets of links on a page that are neither on the web, nor a file, nor a heading of one."""
+    def prose(path):
+        return re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.M | re.S)
+
+    for target in re.findall(r'\]\(([^)\s]+)\)', prose(path)):
+        name, _, anchor = target.partition('#')
+        file = path.parent / name if name else path
+        headings = re.findall(r'^#+ (.*)', prose(file), re.M) if anchor and file.exists() else []
+        anchors = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+        if not re.match(r'\w+:', target) and not (anchor in anchors if anchor else file.exists()):
             yield target
 
 
-def make(root):
-    """(tables for README.md as in `make_tables`, and costs; what is wrong with the logs, in sentences)."""
-    reference = list(csv.DictReader((root / 'logs' / 'reference.csv').read_text().splitlines()))
-    logs, problems = read_finished(root / 'logs', {row['dataset'] for row in reference})
-    bench = (root / 'logs' / 'bench.txt').read_text(encoding='utf-8')
-    return make_tables(reference, logs) | {'costs': cost_table(bench)}, problems
-
-
 def check(root, write=False):
-    """What is wrong under `root` with logs, and with tables and links of README.md, as a list of sentences.
+    """What is wrong under `root` with logs, and with tables and links of the pages, as a list of sentences.
 
     `write` puts the tables right first, unless something is wrong with the logs.
     """
-    tables, problems = make(root)
-    path, temporary = root / 'README.md', root / 'README.tmp'
-    readme = current = path.read_text(encoding='utf-8')
-    for name, text in tables.items():
-        current = put(current, name, text)
-    if write and not problems:
-        temporary.write_text(current, encoding='utf-8')
-        temporary.replace(path)
-        readme = current
-    for number, (old, new) in enumerate(zip_longest(readme.split('\n'), current.split('\n')), 1):
-        if old != new:
-            problems.append(f'README.md, line {number}, disagrees with the logs. It has\n    {old}\nbut they '
-                            f'give\n    {new}\nRun python logs/table.py --write.')
-            break
-    return problems + [f'README.md: the link {target} is dead.' for target in dead_links(readme, root)]
+    pages, problems = make(root)
+    write = write and not problems
+    for page, places in pages.items():
+        path = root / page
+        old = new = path.read_text(encoding='utf-8')
+        for name, text in places.items():
+            new = put(page, new, name, text)
+        if write:
+            temporary = path.with_name(f'{path.name}.tmp')
+            temporary.write_text(new, encoding='utf-8')
+            temporary.replace(path)
+        elif old != new:
+            lines = enumerate(zip_longest(old.split('\n'), new.split('\n')), 1)
+            number, (had, give) = next(line for line in lines if line[1][0] != line[1][1])
+            problems.append(f'{page}, line {number}, disagrees with the logs. It has\n    {had}\nbut they '
+                            f'give\n    {give}\nRun python logs/table.py --write.')
+        problems += [f'{page}: the link {target} is dead.' for target in dead_links(path)]
+    return problems
 
 
-# ---- learning curves ----
+# ---- curves ----
 
-def plot(picture, paths):
-    """Draws validation accuracy and training loss of logs, finished or not; the ending says the format."""
+def plot(root):
+    """Draws logs/curves-<DATASET>.png of every data set that has runs, ours over the reference's."""
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise UserError('Drawing needs matplotlib: python -m pip install matplotlib') from error
-    logs = [read_log(path) for path in paths]
-    for log in logs:
-        if not log.rows or not {*SETTINGS, 'seed'} <= log.header.keys():
-            raise UserError(f'{log.path} is not a log with rows to draw.')
-    # a run is called by its data set and net, and by what else is not the same for all
-    differing = [key for key in ('precision', *SCHEDULE, 'seed')
-                 if len({log.header[key] for log in logs}) > 1]
-    figure = Figure(figsize=(9, 4), dpi=100, layout='constrained')
-    for axes, key, title in zip(figure.subplots(1, 2), ('val_acc', 'trn_loss'),
-                                ('validation accuracy', 'training loss'), strict=True):
-        for i, log in enumerate(logs):
-            name = '{dataset} {depth}x{width}'.format_map(log.header)
-            axes.plot([int(row['iter']) for row in log.rows], [float(row[key]) for row in log.rows],
-                      label=', '.join([name, *(f'{key} {log.header[key]}' for key in differing)]),
-                      color=colormaps['viridis'](0.8 * i / len(logs)),
-                      linestyle=('-', '--', '-.', ':')[i % 4],
-                      marker='osD^vX'[i % 6], markersize=5, markevery=max(1, len(log.rows) // 10))
-        axes.set(xlabel='updates', title=title)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=2)
-    temporary = picture.with_name(f'{picture.name}.tmp')
-    try:
-        figure.savefig(temporary, format=picture.suffix[1:])
-        temporary.replace(picture)
-    except ValueError as error:  # an unknown format
-        raise UserError(f'{picture}: {error}') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    reference = read_reference(root / 'logs')
+    good, _ = read_logs(root / 'logs', {row['dataset'] for row in reference})
+    lines = [(row, runs) for row, runs in make_lines(reference, good)[0] if runs]
+    for dataset in {row['dataset'] for row, _ in lines}:
+        figure = Figure(figsize=(7.5, 4.3), dpi=140, layout='constrained')
+        for axes, key, title in zip(figure.subplots(1, 2), ('trn_loss', 'val_acc'),
+                                    ('training loss', 'validation accuracy'), strict=True):
+            colors = {}
+            for row, runs in [line for line in lines if line[0]['dataset'] == dataset]:
+                color = colors.setdefault(net(row), f'C{len(colors)}')
+                for points, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
+                    axes.plot([int(point['iter']) for point in points], [float(point[key]) for point in points],
+                              style, color=color, linewidth=1.1 if style == ':' else 1.6)
+            axes.set(xscale='log', xlabel='updates', title=title)
+            axes.set_yscale('log' if key == 'trn_loss' else 'linear')
+            for axis in (axes.xaxis, *[axes.yaxis] * (key == 'trn_loss')):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter('{x:g}')
+                axis.set_minor_locator(NullLocator())
+            axes.grid(alpha=0.3)
+        figure.legend([Line2D([], [], color=color) for color in colors.values()], colors,
+                      loc='outside lower center', ncols=4)
+        figure.suptitle(f'{dataset}: ours solid, the reference dotted')
+        figure.savefig(root / 'logs' / f'curves-{dataset}.png', metadata={'Software': None})
 
 
 def main():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group()
-    task.add_argument('--write', action='store_true', help='put the tables into README.md')
+    task.add_argument('--write', action='store_true', help='put the tables into the pages')
     task.add_argument('--check', action='store_true', help='say what is wrong, and exit with 1')
-    task.add_argument('--plot', type=Path, metavar='PICTURE', help='draw the learning curves of LOG...')
-    parser.add_argument('logs', type=Path, nargs='*', metavar='LOG')
+    task.add_argument('--plot', action='store_true', help='draw the curves')
     args = parser.parse_args()
-    if bool(args.plot) != bool(args.logs):
-        raise UserError('To draw, name a picture and logs: python logs/table.py --plot out.png LOG...')
     if args.plot:
-        plot(args.plot, args.logs)
+        plot(ROOT)
         return
     if args.write or args.check:
         problems = check(ROOT, args.write)
     else:
-        tables, problems = make(ROOT)
-        print(*tables.values(), sep='\n')
+        pages, problems = make(ROOT)
+        print(*(text for places in pages.values() for text in places.values()), sep='\n')
     if problems:
         sys.exit('\n'.join(problems))
 
