@@ -16,14 +16,14 @@ seed and device the newest counts; one that was stopped only if none is finished
 lines.
 Weights (.best.pt) of finished runs beside a row are published if they are there and have at most 5 MB.
 """
-import argparse
 import csv
+import difflib
 import functools
+import itertools
 import re
 import shlex
 import statistics
 import sys
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,59 +178,52 @@ def read_reference(logs):
     return [row | {'curve': curves[values(row, CURVE)]} for row in rows]
 
 
-def group(logs):
-    """Lists of runs that differ in their seed only; a run that was stopped is alone."""
-    newest, groups = {}, {}
+def make_lines(reference, logs):
+    """([(row, runs or [])] of all rows in their order, [(header, runs)] of finished runs without a row)."""
     finished = {values(log.header, (*SETTINGS, 'seed')) for log in logs if log.result}
+    newest, groups, lines, others = {}, {}, {i: [] for i in range(len(reference))}, []
     for log in sorted(logs, key=lambda log: log.path.name):  # by date
         run = values(log.header, (*SETTINGS, 'seed'))
         if log.result or run not in finished:
             newest[run, log.result and log.devices] = log
     for (run, devices), log in sorted(newest.items(), key=lambda item: int(item[0][0][-1])):  # by seed
-        groups.setdefault((run[:-1], devices) if log.result else run, []).append(log)
-    return list(groups.values())
-
-
-def make_lines(reference, logs):
-    """([(row, runs or [])] of all rows in their order, [(header, runs)] of finished runs without a row)."""
-    beside, others = [], []
-    for runs in group(logs):
+        groups.setdefault((run[:-1], devices) if log.result else run, []).append(log)  # one stopped is alone
+    for runs in groups.values():
         header = runs[0].header
-        rows = [row for row in reference if values(row, SCHEDULE) == values(header, SCHEDULE)]
+        fits = [i for i, row in enumerate(reference) if values(row, SCHEDULE) == values(header, SCHEDULE)]
         precision = 'fp32' if header['precision'] == 'fp32' else 'fp16'
-        rows = [row for row in rows if row['precision'] == precision] or rows
-        beside += [(row, runs) for row in rows]
-        others += [(header, runs)] if runs[0].result and not rows else []
-    lines = [[line for line in beside if line[0] is row] or [(row, [])] for row in reference]
-    return sum(lines, []), others
+        for i in [i for i in fits if reference[i]['precision'] == precision] or fits:
+            lines[i].append((reference[i], runs))
+        others += [(header, runs)] if runs[0].result and not fits else []
+    return [line for i, row in enumerate(reference) for line in lines[i] or [(row, [])]], others
 
 
-def losses(row, runs):
-    """Of each run, [(the reference's training loss, ours)] at all updates that both curves have, as strings."""
-    return [[(row['curve'][point['iter']]['trn_loss'], point['trn_loss'])
-             for point in log.rows if point['iter'] in row['curve']] for log in runs]
-
-
-def ratios(row, runs):
-    return [float(ours) / float(theirs) for pairs in losses(row, runs) for theirs, ours in pairs]
+def compare(row, runs):
+    """(training loss, reference / ours, at the last update that both logs have; ours over theirs at all)."""
+    last, ratios = [], []
+    for log in runs:
+        common = [(row['curve'][point['iter']]['trn_loss'], point['trn_loss'])
+                  for point in log.rows if point['iter'] in row['curve']]
+        last += common[-1:]
+        ratios += [float(ours) / float(theirs) for theirs, ours in common]
+    return pair(last[0][0], mean([float(ours) for _, ours in last], 4)) if last else '', ratios
 
 
 def mean_ratio(row, runs):
-    return statistics.geometric_mean(ratios(row, runs))
+    return statistics.geometric_mean(compare(row, runs)[1])
 
 
-# ---- tables ----
+# ---- tables and sentences ----
 
 def mean(numbers, decimals):
     spread = f' ± {statistics.stdev(numbers):.{decimals}f}' if len(numbers) > 1 else ''
     return f'{statistics.fmean(numbers):.{decimals}f}{spread}'
 
 
-def ours(runs, key, decimals=4, factor=1):
-    """Mean ± standard deviation of a figure of RESULT lines, '' if one of them lacks it. IN is val."""
-    figures = [log.result and log.result.get(key, log.result['val_acc'] if key == 'in_acc' else None)
-               for log in runs]
-    return mean([factor * float(figure) for figure in figures], decimals) if figures and all(figures) else ''
+def ours(runs, key, decimals=4):
+    """Mean ± standard deviation of a figure of RESULT lines, '' if there are none or one lacks it."""
+    figures = [(log.result or {}).get(key) for log in runs]
+    return mean([float(figure) for figure in figures], decimals) if figures and all(figures) else ''
 
 
 def pair(theirs, ours):
@@ -238,7 +231,7 @@ def pair(theirs, ours):
     return ' / '.join(filter(None, [theirs, ours and f'**{ours}**']))
 
 
-def named(figure, keys):
+def named(keys, figure):
     return ', '.join(f'{name} {figure(key)}' for name, key in keys.items() if figure(key))
 
 
@@ -246,9 +239,8 @@ def net(row):
     return f'R{row["depth"]}x{row["width"]}'
 
 
-def loss(row, runs):
-    pairs = losses(row, runs)
-    return pair(pairs[0][-1][0], mean([float(log[-1][1]) for log in pairs], 4)) if any(pairs) else ''
+def links(runs, file=lambda log: log.path):
+    return ' '.join(f'[{log.header["seed"]}]({"/".join(file(log).parts[-4:])})' for log in runs if file(log))
 
 
 def weights(log):
@@ -257,84 +249,75 @@ def weights(log):
     return path if path.exists() and path.stat().st_size <= 5_000_000 else None
 
 
-def links(row, runs, file=lambda log: log.path):
-    return ' '.join(f'[{log.header["seed"]}]({"/".join(file(log).parts[-4:])})' for log in runs if file(log))
-
-
-def markdown(columns, lines):
-    """A table of {title: function of a line}, without the columns that would be empty."""
-    cells = {title: [cell(*line) for line in lines] for title, cell in columns.items()}
-    cells = {title: texts for title, texts in cells.items() if any(texts)}
-    table = [cells, ['-'] * len(cells), *zip(*cells.values(), strict=True)]
+def markdown(lines):
+    """A table of dicts {title: text}, without the columns that would be empty."""
+    titles = [title for title in (lines or [{}])[0] if any(line[title] for line in lines)]
+    table = [titles, ['-'] * len(titles), *([line[title] for title in titles] for line in lines)]
     return ''.join(f'| {" | ".join(texts)} |\n' for texts in table)
 
 
 def data_set_table(lines):
     """What the rows of a data set have in common, in a sentence, then a line for each."""
-    same = {key: name for key, name in NAMES.items() if len({row[key] for row, _ in lines}) == 1}
-    common = ', '.join(f'{name} {lines[0][0][key]}' for key, name in same.items())
+    same = [key for key in NAMES if len({row[key] for row, _ in lines}) == 1]
+    sentence = ', '.join(f'{NAMES[key]} {lines[0][0][key]}' for key in same)
     more = [key for key in ('batch', 'hardware') if key not in same]  # the rest follows the batch
-
-    def figure(key):
-        return lambda row, runs: pair(row[key], any(row[key] for row, _ in lines) and ours(runs, key))
-
-    return f'{common[0].upper()}{common[1:]}.\n\n' + markdown({
+    return f'{sentence[0].upper()}{sentence[1:]}.\n\n' + markdown([{
         ', '.join(['net, parameters', *(NAMES[key] for key in more)]):
-            lambda row, runs: ', '.join([net(row), f'{row["params_m"]} M', *values(row, more)]),
-        'precision': lambda row, runs: pair(row['precision'], runs and runs[0].header['precision']),
-        'val': figure('val_acc'), 'tst': figure('tst_acc'), 'tst nll': figure('tst_nll'),
-        'IN': figure('in_acc'),
-        'other test sets': lambda row, runs: pair(named(row.get, TEST_SETS),
-                                                  named(lambda key: ours(runs, key), TEST_SETS)),
-        'updates': lambda row, runs: runs and f'**{runs[0].rows[-1]["iter"]}**' or '',
-        'trn loss': loss,
-        'mean ratio': lambda row, runs: any(ratios(row, runs)) and f'**{mean_ratio(row, runs):.3f}**' or '',
-        'log by seed': links}, lines)
+            ', '.join([net(row), f'{row["params_m"]} M', *values(row, more)]),
+        'precision': pair(row['precision'], runs and runs[0].header['precision']),
+        'val': pair(row['val_acc'], ours(runs, 'val_acc')),
+        'tst': pair(row['tst_acc'], ours(runs, 'tst_acc')),
+        'tst nll': pair(row['tst_nll'], ours(runs, 'tst_nll')),
+        'IN': pair(row['in_acc'], row['in_acc'] and ours(runs, 'val_acc')),  # the same images
+        'other test sets': pair(named(TEST_SETS, row.get), named(TEST_SETS, functools.partial(ours, runs))),
+        'updates': pair('', runs and runs[0].rows[-1]['iter']),
+        'trn loss': compare(row, runs)[0],
+        'mean ratio': pair('', compare(row, runs)[0] and f'{mean_ratio(row, runs):.3f}'),
+        'log by seed': links(runs)} for row, runs in lines])
 
 
 def other_table(lines):
-    return markdown({
-        'data set': lambda row, runs: row['dataset'],
-        'net': lambda row, runs: net(row),
-        'settings': lambda row, runs: '{precision}, batch {batch}, lr {lr}, wd {wd}'.format_map(row),
-        'updates': lambda row, runs: row['iters'],
-        'val': lambda row, runs: ours(runs, 'val_acc'), 'tst': lambda row, runs: ours(runs, 'tst_acc'),
-        'minutes': lambda row, runs: ours(runs, 'hours', 1, factor=60),
-        'device': lambda row, runs: runs[0].devices, 'log by seed': links}, lines)
+    return markdown([{
+        'data set': header['dataset'],
+        'net': net(header),
+        'settings': '{precision}, batch {batch}, lr {lr}, wd {wd}'.format_map(header),
+        'updates': header['iters'],
+        'val': ours(runs, 'val_acc'),
+        'tst': ours(runs, 'tst_acc'),
+        'hours': ours(runs, 'hours', 2),
+        'device': runs[0].devices,
+        'log by seed': links(runs)} for header, runs in lines])
 
 
 def finished_table(lines):
     both = {'val': 'val_acc', 'tst': 'tst_acc'}
-    return markdown({
-        'data set': lambda row, runs: row['dataset'],
-        'net': lambda row, runs: f'{net(row)}, {runs[0].header["precision"]}',
-        'reference': lambda row, runs: named(row.get, both),
-        'ours': lambda row, runs: named(lambda key: ours(runs, key), both),
-        'hours': lambda row, runs: ours(runs, 'hours', 1),
-        'device': lambda row, runs: runs[0].devices, 'log by seed': links,
-        'weights': lambda row, runs: links(row, runs, weights)}, lines).replace('](', '](logs/')
+    return markdown([{
+        'data set': row['dataset'],
+        'net': f'{net(row)}, {runs[0].header["precision"]}',
+        'reference': named(both, row.get),
+        'ours': named(both, functools.partial(ours, runs)),
+        'hours': ours(runs, 'hours', 1),
+        'device': runs[0].devices,
+        'log by seed': links(runs),
+        'weights': links(runs, weights)} for row, runs in lines]).replace('](', '](logs/')
 
-
-# ---- sentences ----
 
 def on_finished(row, runs):
-    key, off = 'tst_acc' if row['tst_acc'] else 'val_acc', 100 * mean_ratio(row, runs) - 100
-    farthest = max(100 * abs(ratio - 1) for ratio in ratios(row, runs))
+    kind, key = ('test', 'tst_acc') if row['tst_acc'] else ('validation', 'val_acc')
+    off, farthest = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
     return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
-            f'{ours(runs, "hours", 1)} hours) reaches a {"test" if row["tst_acc"] else "validation"} accuracy of '
-            f'**{ours(runs, key)}**, the reference {row[key]}; its training loss is within {farthest:.1f} % of '
-            f'the reference\'s at all {len(ratios(row, runs[:1]))} rows of their logs, {abs(off):.1f} % '
-            f'{"higher" if off > 0 else "lower"} in the geometric mean.')
+            f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the reference '
+            f'{row[key]}; its training loss is within {100 * farthest:.1f} % of the reference\'s at all '
+            f'{len(runs[0].rows)} rows of their logs, {100 * abs(off):.1f} % {"higher" if off > 0 else "lower"} '
+            f'in the geometric mean.')
 
 
 def on_stopped(lines):
-    if not lines:
-        return ''
     means = [mean_ratio(*line) for line in lines]
     updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
-    return (f'\nOf {len(lines)} more rows the first {min(updates)} to {max(updates)} updates have been run: their '
-            f'training losses are {min(means):.2f} to {max(means):.2f} times the reference\'s, in the geometric '
-            f'mean of each run.')
+    return (f'Of {len(lines)} more rows the first {min(updates)} to {max(updates)} updates have been run: '
+            f'their training losses are {min(means):.2f} to {max(means):.2f} times the reference\'s, in '
+            f'the geometric mean of each run.') if lines else ''
 
 
 def on_the_rest(lines):
@@ -356,9 +339,10 @@ def make(root):
     datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
     good, problems = read_logs(logs, datasets)
     lines, others = make_lines(reference, good)
-    begun = {id(runs): (row, runs) for row, runs in reversed(lines) if runs}  # once, where several rows fit
-    begun = [line for line in lines if line in begun.values()]
-    finished = [line for line in begun if line[1][0].result]
+    once = {runs[0].path: (row, runs) for row, runs in reversed(lines) if runs}  # its first row, if several fit
+    begun = [line for line in lines if line in once.values()]
+    finished = [(row, runs) for row, runs in begun if runs[0].result]
+    stopped = [(row, runs) for row, runs in begun if not runs[0].result and compare(row, runs)[0]]
     tables = ''
     for dataset in datasets:
         mine = [line for line in lines if line[0]['dataset'] == dataset]
@@ -367,9 +351,8 @@ def make(root):
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
     return {
         'README.md': {'headline': on_finished(*finished[0]) if finished else '',
-                      'results': finished_table(finished)
-                      + on_stopped([line for line in begun if line not in finished])},
-        'logs/README.md': {'results': tables, 'rest': on_the_rest(lines), 'others': other_table(others),
+                      'results': f'{finished_table(finished)}\n{on_stopped(stopped)}'},
+        'logs/README.md': {'rest': on_the_rest(lines), 'results': tables, 'others': other_table(others),
                            'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
         '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
     }, problems
@@ -386,16 +369,12 @@ def put(page, text, name, new):
 
 
 def dead_links(path):
-    """Yields the targets of links on a page that are neither on the web, nor a file, nor a heading of one."""
-    def prose(path):
-        return re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.M | re.S)
-
-    for target in re.findall(r'\]\(([^)\s]+)\)', prose(path)):
-        name, _, anchor = target.partition('#')
-        file = path.parent / name if name else path
-        headings = re.findall(r'^#+ (.*)', prose(file), re.M) if anchor and file.exists() else []
-        anchors = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
-        if not re.match(r'\w+:', target) and not (anchor in anchors if anchor else file.exists()):
+    """Yields the targets of links on a page that are neither on the web, nor a file, nor a heading of it."""
+    prose = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.M | re.S)
+    anchors = ['#' + re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+               for heading in re.findall(r'^#+ (.*)', prose, re.M)]
+    for target in re.findall(r'\]\(([^)\s]+)\)', prose):
+        if not re.match(r'\w+:', target) and target not in anchors and not (path.parent / target).exists():
             yield target
 
 
@@ -412,14 +391,11 @@ def check(root, write=False):
         for name, text in places.items():
             new = put(page, new, name, text)
         if write:
-            temporary = path.with_name(f'{path.name}.tmp')
-            temporary.write_text(new, encoding='utf-8')
-            temporary.replace(path)
+            path.write_text(new, encoding='utf-8')
         elif old != new:
-            lines = enumerate(zip_longest(old.split('\n'), new.split('\n')), 1)
-            number, (had, give) = next(line for line in lines if line[1][0] != line[1][1])
-            problems.append(f'{page}, line {number}, disagrees with the logs. It has\n    {had}\nbut they '
-                            f'give\n    {give}\nRun python logs/table.py --write.')
+            diff = difflib.unified_diff(old.splitlines(), new.splitlines(), page, 'the logs', n=0, lineterm='')
+            problems.append('\n'.join([f'{page} disagrees with the logs: run python logs/table.py --write.',
+                                       *itertools.islice(diff, 2, 8)]))
         problems += [f'{page}: the link {target} is dead.' for target in dead_links(path)]
     return problems
 
@@ -427,55 +403,51 @@ def check(root, write=False):
 # ---- curves ----
 
 def plot(root):
-    """Draws logs/curves-<DATASET>.png of every data set that has runs, ours over the reference's."""
+    """Draws logs/curves-<DATASET>.png of every data set that has runs; returns what is wrong with the logs."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
         from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise UserError('Drawing needs matplotlib: python -m pip install matplotlib') from error
     reference = read_reference(root / 'logs')
-    good, _ = read_logs(root / 'logs', {row['dataset'] for row in reference})
-    lines = [(row, runs) for row, runs in make_lines(reference, good)[0] if runs]
+    logs, problems = read_logs(root / 'logs', {row['dataset'] for row in reference})
+    lines = [(row, runs) for row, runs in make_lines(reference, logs)[0] if runs]
     for dataset in {row['dataset'] for row, _ in lines}:
         figure = Figure(figsize=(7.5, 4.3), dpi=140, layout='constrained')
-        for axes, key, title in zip(figure.subplots(1, 2), ('trn_loss', 'val_acc'),
-                                    ('training loss', 'validation accuracy'), strict=True):
+        for axes, key in zip(figure.subplots(1, 2), ('trn_loss', 'val_acc'), strict=True):
             colors = {}
             for row, runs in [line for line in lines if line[0]['dataset'] == dataset]:
                 color = colors.setdefault(net(row), f'C{len(colors)}')
                 for points, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
                     axes.plot([int(point['iter']) for point in points], [float(point[key]) for point in points],
                               style, color=color, linewidth=1.1 if style == ':' else 1.6)
-            axes.set(xscale='log', xlabel='updates', title=title)
-            axes.set_yscale('log' if key == 'trn_loss' else 'linear')
-            for axis in (axes.xaxis, *[axes.yaxis] * (key == 'trn_loss')):
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter('{x:g}')
-                axis.set_minor_locator(NullLocator())
+            axes.set(xlabel='updates', xscale='log')
+            axes.set(**dict(title='validation accuracy') if key == 'val_acc' else
+                     dict(title='training loss', yscale='log'))
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == 'log':
+                    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                             major_formatter='{x:g}')
             axes.grid(alpha=0.3)
-        figure.legend([Line2D([], [], color=color) for color in colors.values()], colors,
-                      loc='outside lower center', ncols=4)
+        for name, color in colors.items():
+            axes.plot([], color=color, label=name)
+        figure.legend(loc='outside lower center', ncols=4)
         figure.suptitle(f'{dataset}: ours solid, the reference dotted')
         figure.savefig(root / 'logs' / f'curves-{dataset}.png', metadata={'Software': None})
+    return problems
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument('--write', action='store_true', help='put the tables into the pages')
-    task.add_argument('--check', action='store_true', help='say what is wrong, and exit with 1')
-    task.add_argument('--plot', action='store_true', help='draw the curves')
-    args = parser.parse_args()
-    if args.plot:
-        plot(ROOT)
-        return
-    if args.write or args.check:
-        problems = check(ROOT, args.write)
-    else:
-        pages, problems = make(ROOT)
-        print(*(text for places in pages.values() for text in places.values()), sep='\n')
+    match sys.argv[1:]:
+        case []:
+            pages, problems = make(ROOT)
+            print(*(text for places in pages.values() for text in places.values()), sep='\n')
+        case ['--write' | '--check' as task]:
+            problems = check(ROOT, write=task == '--write')
+        case ['--plot']:
+            problems = plot(ROOT)
+        case _:
+            sys.exit(__doc__)
     if problems:
         sys.exit('\n'.join(problems))
 
