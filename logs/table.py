@@ -56,12 +56,12 @@ def read_log(path):
 
     header: dict. rows: list of dicts of ROW_KEYS, `best` is ' *' or None. evals: dict, val_acc and so on,
     from the lines below the rows. devices: '2 x NVIDIA ...', of the last start. result: dict, or None while
-    unfinished. Raises UserError if there is a RESULT line that cannot be read, or anything after it.
+    unfinished. Raises ValueError if there is a RESULT line that cannot be read, or anything after it.
     """
     log = SimpleNamespace(path=path, header={}, rows=[], evals={}, devices=None, result=None)
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         if log.result and line.strip():
-            raise UserError(f'{path}: the RESULT line is not the last one.')
+            raise ValueError('the RESULT line is not the last one')
         if match := ROW.fullmatch(line):
             log.rows.append(dict(zip(ROW_KEYS, match.groups(), strict=True)))
         elif match := EVALUATION.fullmatch(line):
@@ -70,7 +70,7 @@ def read_log(path):
         elif match := re.fullmatch(r'resumed at update \d+ on (.*)', line):
             log.devices = match[1]
         elif line.startswith('RESULT'):
-            log.result = read_result(path, line)
+            log.result = read_result(line)
         elif not log.rows and ': ' in line:
             key, value = line.split(': ', 1)
             log.header[key.strip()] = f'{float(value):g}' if key.strip() in ('lr', 'wd') else value
@@ -78,7 +78,7 @@ def read_log(path):
     return log
 
 
-def read_result(path, line):
+def read_result(line):
     try:
         pairs = [word.split('=', 1) for word in shlex.split(line)[1:]]
         result = dict(pairs)
@@ -88,7 +88,7 @@ def read_result(path, line):
             raise ValueError('a key twice, an empty value or a negative number')
         return result
     except (ValueError, KeyError) as error:
-        raise UserError(f'{path}: the RESULT line cannot be read ({error}).') from error
+        raise ValueError(f'the RESULT line cannot be read ({error})') from error
 
 
 @functools.cache
@@ -153,12 +153,11 @@ def read_logs(logs, datasets):
     for path in sorted(path for name in datasets for path in (logs / name).rglob('*.log')):
         try:
             log = read_log(path)
-        except (UserError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        wrong = list(contradictions(log, logs))
+            wrong = list(contradictions(log, logs))
+        except ValueError as error:
+            wrong = [error]
         problems += [f'{path}: {text}.' for text in wrong]
-        good += [log] if log.rows and not wrong else []
+        good += [log] if not wrong and log.rows else []
     return good, problems
 
 
@@ -304,12 +303,12 @@ def finished_table(lines):
 
 def on_finished(row, runs):
     kind, key = ('test', 'tst_acc') if row['tst_acc'] else ('validation', 'val_acc')
-    off, farthest = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
+    off, most = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
     return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
-            f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the reference '
-            f'{row[key]}; its training loss is within {100 * farthest:.1f} % of the reference\'s at all '
-            f'{len(runs[0].rows)} rows of their logs, {100 * abs(off):.1f} % {"higher" if off > 0 else "lower"} '
-            f'in the geometric mean.')
+            f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the '
+            f'reference {row[key]}; its training loss is within {100 * most:.1f} % of the reference\'s at '
+            f'all {len(runs[0].rows)} rows of their logs, {100 * abs(off):.1f} % '
+            f'{"higher" if off > 0 else "lower"} in the geometric mean.')
 
 
 def on_stopped(lines):
@@ -339,7 +338,7 @@ def make(root):
     datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
     good, problems = read_logs(logs, datasets)
     lines, others = make_lines(reference, good)
-    once = {runs[0].path: (row, runs) for row, runs in reversed(lines) if runs}  # its first row, if several fit
+    once = {runs[0].path: (row, runs) for row, runs in reversed(lines) if runs}  # if several rows fit
     begun = [line for line in lines if line in once.values()]
     finished = [(row, runs) for row, runs in begun if runs[0].result]
     stopped = [(row, runs) for row, runs in begun if not runs[0].result and compare(row, runs)[0]]
@@ -393,7 +392,7 @@ def check(root, write=False):
         if write:
             path.write_text(new, encoding='utf-8')
         elif old != new:
-            diff = difflib.unified_diff(old.splitlines(), new.splitlines(), page, 'the logs', n=0, lineterm='')
+            diff = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm='')
             problems.append('\n'.join([f'{page} disagrees with the logs: run python logs/table.py --write.',
                                        *itertools.islice(diff, 2, 8)]))
         problems += [f'{page}: the link {target} is dead.' for target in dead_links(path)]
@@ -403,7 +402,7 @@ def check(root, write=False):
 # ---- curves ----
 
 def plot(root):
-    """Draws logs/curves-<DATASET>.png of every data set that has runs; returns what is wrong with the logs."""
+    """Draws a picture of every data set that has runs; returns what is wrong with the logs."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator
@@ -419,8 +418,9 @@ def plot(root):
             for row, runs in [line for line in lines if line[0]['dataset'] == dataset]:
                 color = colors.setdefault(net(row), f'C{len(colors)}')
                 for points, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
-                    axes.plot([int(point['iter']) for point in points], [float(point[key]) for point in points],
-                              style, color=color, linewidth=1.1 if style == ':' else 1.6)
+                    curve = [(int(point['iter']), float(point[key])) for point in points]
+                    width = 1.1 if style == ':' else 1.6
+                    axes.plot(*zip(*curve, strict=True), style, color=color, linewidth=width)
             axes.set(xlabel='updates', xscale='log')
             axes.set(**dict(title='validation accuracy') if key == 'val_acc' else
                      dict(title='training loss', yscale='log'))
