@@ -20,6 +20,7 @@ import csv
 import difflib
 import functools
 import itertools
+import math
 import re
 import shlex
 import statistics
@@ -202,7 +203,8 @@ def compare(row, runs):
     last, ratios = [], []
     for log in runs:
         common = [(row['curve'][point['iter']]['trn_loss'], point['trn_loss'])
-                  for point in log.rows if point['iter'] in row['curve']]
+                  for point in log.rows
+                  if point['iter'] in row['curve'] and 0 < float(point['trn_loss']) < math.inf]
         last += common[-1:]
         ratios += [float(ours) / float(theirs) for theirs, ours in common]
     return pair(last[0][0], mean([float(ours) for _, ours in last], 4)) if last else '', ratios
@@ -275,30 +277,19 @@ def data_set_table(lines):
         'log by seed': links(runs)} for row, runs in lines])
 
 
-def other_table(lines):
-    return markdown([{
-        'data set': header['dataset'],
-        'net': net(header),
-        'settings': '{precision}, batch {batch}, lr {lr}, wd {wd}'.format_map(header),
-        'updates': header['iters'],
-        'val': ours(runs, 'val_acc'),
-        'tst': ours(runs, 'tst_acc'),
-        'hours': ours(runs, 'hours', 2),
-        'device': runs[0].devices,
-        'log by seed': links(runs)} for header, runs in lines])
-
-
-def finished_table(lines):
-    both = {'val': 'val_acc', 'tst': 'tst_acc'}
+def runs_table(lines):
+    """A line for each run, or runs that differ in their seed only; the settings of those without a row."""
+    both, settings = {'val': 'val_acc', 'tst': 'tst_acc'}, '{iters} updates, batch {batch}, lr {lr}, wd {wd}'
     return markdown([{
         'data set': row['dataset'],
         'net': f'{net(row)}, {runs[0].header["precision"]}',
+        'settings': 'curve' not in row and settings.format_map(row) or '',
         'reference': named(both, row.get),
         'ours': named(both, functools.partial(ours, runs)),
-        'hours': ours(runs, 'hours', 1),
+        'hours': ours(runs, 'hours', 2),
         'device': runs[0].devices,
         'log by seed': links(runs),
-        'weights': links(runs, weights)} for row, runs in lines]).replace('](', '](logs/')
+        'weights': links(runs, weights)} for row, runs in lines])
 
 
 def on_finished(row, runs):
@@ -317,16 +308,6 @@ def on_stopped(lines):
     return (f'Of {len(lines)} more rows the first {min(updates)} to {max(updates)} updates have been run: '
             f'their training losses are {min(means):.2f} to {max(means):.2f} times the reference\'s, in '
             f'the geometric mean of each run.') if lines else ''
-
-
-def on_the_rest(lines):
-    run, left = {values(row, SCHEDULE[:3]) for row, runs in lines if runs}, {}
-    for row, _ in lines:
-        if values(row, SCHEDULE[:3]) not in run:
-            left.setdefault(row['dataset'], {})[net(row)] = None
-    begun = {dataset for dataset, *_ in run}
-    parts = [f'{name} ({", ".join(nets)})' if name in begun else name for name, nets in left.items()]
-    return f'Not run here yet: {", ".join(parts)}.' if parts else ''
 
 
 # ---- pages ----
@@ -348,10 +329,11 @@ def make(root):
         picture = f'![{dataset}](curves-{dataset}.png)\n\n' if any(runs for _, runs in mine) else ''
         tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
+    full = [line for line in finished if compare(*line)[1]]
     return {
-        'README.md': {'headline': on_finished(*finished[0]) if finished else '',
-                      'results': f'{finished_table(finished)}\n{on_stopped(stopped)}'},
-        'logs/README.md': {'rest': on_the_rest(lines), 'results': tables, 'others': other_table(others),
+        'README.md': {'headline': on_finished(*full[0]) if full else '',
+                      'results': f'{runs_table(finished).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
+        'logs/README.md': {'results': tables, 'others': runs_table(others),
                            'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
         '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
     }, problems
