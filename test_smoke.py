@@ -1106,7 +1106,8 @@ def test_runs_that_were_stopped_are_compared_row_by_row():
         made(2, stopped=True, rows=[(1000, 2.0)]), made(2, stamp='2', stopped=True, rows=[(1000, 1.959)]))
     assert [line['log by seed'][:3] for line in lines[:3]] == ['[1]', '[2]', ''] and not others
     assert [line['updates'] for line in lines[:3]] == ['**2500**', '**1000**', '']
-    assert [line['trn loss'] for line in lines[:3]] == ['1.198 / **1.3000**', '1.959 / **1.9590**', '']
+    assert [line['trn loss, reference / ours'] for line in lines[:3]] == [
+        '1.198 / **1.3000**', '1.959 / **1.9590**', '']
     mean = (1.9 / reference['1000'] * 1.3 / reference['2000']) ** 0.5
     assert [line['mean ratio'] for line in lines[:3]] == [f'**{mean:.3f}**', '**1.000**', '']
     assert lines[0]['val'] == '0.923'
@@ -1125,7 +1126,7 @@ def test_tables_have_nine_columns_none_of_them_empty():
             assert not re.search('(^| )[-–—]+( |$)', ' | '.join(' | '.join(line.values()) for line in lines))
     lines, _ = beside('imagenet2012', full)
     assert [line['net, parameters, batch, reference on'] for line in lines if line['log by seed']] == [
-        'R50x1, 25.56 M, 2048, 8x RTX 3090', 'R50x1, 25.56 M, 2048, 8x TPUv3']
+        'R50x1, 25.56M, 2048, 8x RTX 3090', 'R50x1, 25.56M, 2048, 8x TPUv3']
     assert lines[3]['IN'] == '0.765 / **0.7600**'  # IN is val
     assert lines[3]['other test sets'] == 'IN-V2 0.641 / **IN-V2 0.6400**'
 
@@ -1139,7 +1140,7 @@ def test_what_the_landing_page_says():
     for words in ('R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', 'test accuracy of **0.9300**',
                   'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher'):
         assert words in text, text
-    assert 'Of 1 more rows the first 2000 to 2000 updates' in tables.on_stopped([stopped])
+    assert 'rows begun: 1. Their training losses over the first 2000 to 2000' in tables.on_stopped([stopped])
     assert tables.on_stopped([]) == ''
     line, = cells(tables.runs_table([full]))
     assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'

@@ -264,7 +264,7 @@ def data_set_table(lines):
     more = [key for key in ('batch', 'hardware') if key not in same]  # the rest follows the batch
     return f'{sentence[0].upper()}{sentence[1:]}.\n\n' + markdown([{
         ', '.join(['net, parameters', *(NAMES[key] for key in more)]):
-            ', '.join([net(row), f'{row["params_m"]} M', *values(row, more)]),
+            ', '.join([net(row), f'{row["params_m"]}M', *values(row, more)]),
         'precision': pair(row['precision'], runs and runs[0].header['precision']),
         'val': pair(row['val_acc'], ours(runs, 'val_acc')),
         'tst': pair(row['tst_acc'], ours(runs, 'tst_acc')),
@@ -272,7 +272,7 @@ def data_set_table(lines):
         'IN': pair(row['in_acc'], row['in_acc'] and ours(runs, 'val_acc')),  # the same images
         'other test sets': pair(named(TEST_SETS, row.get), named(TEST_SETS, functools.partial(ours, runs))),
         'updates': pair('', runs and runs[0].rows[-1]['iter']),
-        'trn loss': compare(row, runs)[0],
+        'trn loss, reference / ours': compare(row, runs)[0],
         'mean ratio': pair('', compare(row, runs)[0] and f'{mean_ratio(row, runs):.3f}'),
         'log by seed': links(runs)} for row, runs in lines])
 
@@ -305,9 +305,9 @@ def on_finished(row, runs):
 def on_stopped(lines):
     means = [mean_ratio(*line) for line in lines]
     updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
-    return (f'Of {len(lines)} more rows the first {min(updates)} to {max(updates)} updates have been run: '
-            f'their training losses are {min(means):.2f} to {max(means):.2f} times the reference\'s, in '
-            f'the geometric mean of each run.') if lines else ''
+    return (f'More rows begun: {len(lines)}. Their training losses over the first {min(updates)} to '
+            f'{max(updates)} updates are {min(means):.2f} to {max(means):.2f} times the reference\'s, in the '
+            f'geometric mean of each run.') if lines else ''
 
 
 # ---- pages ----
