@@ -964,11 +964,13 @@ def test_a_log_that_contradicts_itself_is_found(repository):
         (' world=1', ' world=2', 'the last start 1 x AMD'),
         (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, the last start AMD EPYC'),
         (row_1000, '', 'every 100 updates, each once, up to 1000'),
-        (' best_iter=1000', ' best_iter=ten', 'the RESULT line cannot be read'),
-        (' hours=0.097', '', "the RESULT line cannot be read ('hours')"),
-        (' seed=1', ' seed=1 seed=1', 'the RESULT line cannot be read (a key twice'),
+        (' best_iter=1000', '', 'best_iter=None, the last row with * 1000'),
+        (' hours=0.097', '', 'hours=nan, the last row 0:05:48'),
+        (' hours=0.097', ' hours=x', 'could not convert string to float'),
+        (' world=1', '', 'device=AMD EPYC, 2 threads, the last start 1 x AMD'),
+        (' seed=1', ' seed=1 seed=1', 'the RESULT line has a key twice'),
         (' threads" torch', ' thr', 'the RESULT line cannot be read (No closing quotation)'),
-        ('RESULT', 'RESULT\nRESULT', 'the RESULT line cannot be read'),
+        ('RESULT', 'RESULT x\nRESULT', 'the RESULT line cannot be read'),
         ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one'))
     of_all = (
         ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
@@ -1065,6 +1067,17 @@ def beside(dataset, *logs):
             cells(tables.runs_table(others)) if others else [])
 
 
+def test_the_reference_is_what_it_was():
+    rows = tables.read_reference(HERE / 'logs')
+    assert len(rows) == 42 and [row['source'] for row in rows].count('seed') == 37
+    for row in rows:
+        assert row['curve'].keys() == {str(it) for it in range(1000, int(row['iters']) + 1, 1000)} or (
+            row['source'] == 'later' and not row['curve'])
+        if row['curve'] and (row['dataset'], row['depth']) != ('CIFAR10_x32', '56'):  # it is of update 45000
+            best = max(float(point['val_acc']) for point in row['curve'].values())
+            assert best == pytest.approx(float(row['val_acc']), abs=6e-4)
+
+
 def test_runs_stand_beside_the_row_of_their_net_and_schedule():
     lines, others = beside(
         'CIFAR10_x32', made(), made(precision='bf16', depth='32'), made(depth='18', precision='bf16'),
@@ -1103,9 +1116,10 @@ def test_runs_that_were_stopped_are_compared_row_by_row():
     reference = {'1000': 1.959, '2000': 1.198}
     lines, others = beside(
         'CIFAR10_x32', made(1, stopped=True, rows=[(1000, 1.9), (1500, 1.4), (2000, 1.3), (2500, 1.1)]),
-        made(2, stopped=True, rows=[(1000, 2.0)]), made(2, stamp='2', stopped=True, rows=[(1000, 1.959)]))
+        made(2, stopped=True, rows=[(1000, 2.0)]),
+        made(2, stamp='2', stopped=True, rows=[(1000, 1.959), (2000, 'inf')]))  # fp16 skipped an update
     assert [line['log by seed'][:3] for line in lines[:3]] == ['[1]', '[2]', ''] and not others
-    assert [line['updates'] for line in lines[:3]] == ['**2500**', '**1000**', '']
+    assert [line['updates'] for line in lines[:3]] == ['**2500**', '**2000**', '']
     assert [line['trn loss, reference / ours'] for line in lines[:3]] == [
         '1.198 / **1.3000**', '1.959 / **1.9590**', '']
     mean = (1.9 / reference['1000'] * 1.3 / reference['2000']) ** 0.5
@@ -2010,7 +2024,7 @@ def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
     blocks = [block for kind, block in re.findall(r'^```(\w*)\n(.*?)^```', README, re.M | re.S) if not kind]
     commands = [line for block in blocks[1:] for line in block.splitlines()]
-    commands += re.findall(r'^srun \.venv/bin/(.*)', README, re.M)
+    commands += re.findall(r'srun \.venv/bin/(.*)"', README)
     inline = [' '.join(command.split()) for command in re.findall(r'`((?:python|cp|diff) [^`]+)`', README)]
     assert len(commands) > 3 and len(inline) > 3 and len(blocks[0].splitlines()) == 2
     for command in inline:

@@ -43,8 +43,6 @@ EVALUATION = re.compile(rf'(\S+) +acc {NUMBER}  nll {NUMBER}  \d+ images')
 SCHEDULE = ('dataset', 'depth', 'width', 'batch', 'iters', 'lr', 'wd')
 SETTINGS = (*SCHEDULE, 'precision')
 CURVE = ('dataset', 'depth', 'width', 'batch', 'precision', 'hardware')
-INTEGERS = ('depth', 'width', 'seed', 'params', 'batch', 'iters', 'best_iter', 'world')
-FLOATS = ('lr', 'wd', 'val_acc', 'val_nll', 'iter_per_min', 'img_per_s', 'hours')
 TEST_SETS = {'IN-V2': 'inv2_acc', 'IN-R': 'inr_acc', 'IN-A': 'ina_acc', 'IN-Sketch': 'insketch_acc'}
 NAMES = {'batch': 'batch', 'iters': 'updates', 'lr': 'learning rate', 'wd': 'weight decay',
          'hardware': 'reference on'}
@@ -83,13 +81,11 @@ def read_result(line):
     try:
         pairs = [word.split('=', 1) for word in shlex.split(line)[1:]]
         result = dict(pairs)
-        numbers = [int(result[key]) for key in INTEGERS] + [float(result[key]) for key in FLOATS]
-        if len(result) < len(pairs) or min(numbers) < 0 or not all(
-                result[key] for key in ('dataset', 'precision', 'device')):
-            raise ValueError('a key twice, an empty value or a negative number')
-        return result
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f'the RESULT line cannot be read ({error})') from error
+    if len(result) < len(pairs):
+        raise ValueError('the RESULT line has a key twice')
+    return result
 
 
 @functools.cache
@@ -136,16 +132,17 @@ def result_contradictions(log):
     said += [(key, best[key], 'the last row with *') for key in ('val_acc', 'val_nll')]
     evaluated = sorted({*log.evals, *(key for key in result if key.endswith(('_acc', '_nll')))})
     said += [(key, log.evals.get(key), 'the lines below the rows') for key in evaluated]
-    said += [('device', (log.devices or '').removeprefix(f'{result["world"]} x '), 'the last start')]
+    said += [('device', (log.devices or '').removeprefix(f'{result.get("world")} x '), 'the last start')]
     for key, value, source in said:
         if result.get(key) != value:
             yield f'RESULT has {key}={result.get(key)}, {source} {value}'
+    speed, hours = (float(result.get(key, 'nan')) for key in ('img_per_s', 'hours'))
     speeds = [float(row['img_per_s']) for row in log.rows]
-    if not min(speeds) <= float(result['img_per_s']) <= max(speeds):
-        yield f'RESULT has img_per_s={result["img_per_s"]}, its rows {min(speeds):.0f} to {max(speeds):.0f}'
+    if not min(speeds) <= speed <= max(speeds):
+        yield f'RESULT has img_per_s={speed:g}, its rows {min(speeds):.0f} to {max(speeds):.0f}'
     units = zip(reversed(re.findall(r'\d+', last['elapsed'])), (1, 60, 3600, 86400), strict=False)
-    if not -2 < 3600 * float(result['hours']) - sum(int(count) * unit for count, unit in units) < 60:
-        yield f'RESULT has hours={result["hours"]}, the last row {last["elapsed"]}'
+    if not -2 < 3600 * hours - sum(int(count) * unit for count, unit in units) < 60:
+        yield f'RESULT has hours={hours:g}, the last row {last["elapsed"]}'
 
 
 def read_logs(logs, datasets):
@@ -319,8 +316,8 @@ def make(root):
     datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
     good, problems = read_logs(logs, datasets)
     lines, others = make_lines(reference, good)
-    once = {runs[0].path: (row, runs) for row, runs in reversed(lines) if runs}  # if several rows fit
-    begun = [line for line in lines if line in once.values()]
+    begun = {runs[0].path: (row, runs) for row, runs in lines[::-1] if runs}  # the first row, if several fit
+    begun = [*begun.values()][::-1]
     finished = [(row, runs) for row, runs in begun if runs[0].result]
     stopped = [(row, runs) for row, runs in begun if not runs[0].result and compare(row, runs)[0]]
     tables = ''
@@ -345,8 +342,7 @@ def put(page, text, name, new):
     start, end = map(marker.format, (f'{name}: made by python logs/table.py --write', f'end of {name}'))
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise UserError(f'{page} needs the lines "{start}" and "{end}", each once and in this order.')
-    middle = '\n\n'.join([start, *([new.strip()] if new else []), end])
-    return text.split(start)[0] + middle + text.split(end)[1]
+    return text.split(start)[0] + '\n'.join(filter(None, [start, new.strip(), end])) + text.split(end)[1]
 
 
 def dead_links(path):
@@ -395,21 +391,18 @@ def plot(root):
     lines = [(row, runs) for row, runs in make_lines(reference, logs)[0] if runs]
     for dataset in {row['dataset'] for row, _ in lines}:
         figure = Figure(figsize=(7.5, 4.3), dpi=140, layout='constrained')
-        for axes, key in zip(figure.subplots(1, 2), ('trn_loss', 'val_acc'), strict=True):
+        panels = ('training loss', 'trn_loss', 'log'), ('validation accuracy', 'val_acc', 'linear')
+        for axes, (title, key, scale) in zip(figure.subplots(1, 2), panels, strict=True):
             colors = {}
             for row, runs in [line for line in lines if line[0]['dataset'] == dataset]:
                 color = colors.setdefault(net(row), f'C{len(colors)}')
-                for points, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
-                    curve = [(int(point['iter']), float(point[key])) for point in points]
-                    width = 1.1 if style == ':' else 1.6
-                    axes.plot(*zip(*curve, strict=True), style, color=color, linewidth=width)
-            axes.set(xlabel='updates', xscale='log')
-            axes.set(**dict(title='validation accuracy') if key == 'val_acc' else
-                     dict(title='training loss', yscale='log'))
-            for axis in (axes.xaxis, axes.yaxis):
-                if axis.get_scale() == 'log':
-                    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
-                             major_formatter='{x:g}')
+                for rows, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
+                    axes.plot([int(row['iter']) for row in rows], [float(row[key]) for row in rows], style,
+                              color=color, linewidth=1.1 if style == ':' else 1.6)
+            axes.set(title=title, xlabel='updates', xscale='log', yscale=scale)
+            for axis in (axes.xaxis, axes.yaxis) if scale == 'log' else (axes.xaxis,):
+                axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                         major_formatter='{x:g}')
             axes.grid(alpha=0.3)
         for name, color in colors.items():
             axes.plot([], color=color, label=name)
