@@ -989,8 +989,8 @@ def test_a_log_that_contradicts_itself_is_found(repository):
             path.write_text(head + new + tail)
             problems = tables.check(repository)
             assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
-    readme = (repository / 'README.md').read_bytes()
-    assert tables.check(repository, write=True) and (repository / 'README.md').read_bytes() == readme
+    page = (repository / 'logs' / 'README.md').read_bytes()
+    assert tables.check(repository, write=True) and (repository / 'logs' / 'README.md').read_bytes() == page
     for good in (text, unfinished, unfinished.replace(row_1000, ''), unfinished[:unfinished.index('\n\n')]):
         path.write_text(good)
         assert not [problem for problem in tables.check(repository) if str(path) in problem]
