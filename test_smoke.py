@@ -1229,59 +1229,73 @@ RUN = Path('logs', 'CIFAR10_x32', 'resnet_20x1-iter_1k-wd_0.0010-bf16', '1', '20
 
 @pytest.fixture
 def repository(tmp_path):
-    """A copy of the files at the top and of the logs."""
-    for path in HERE.iterdir():
-        if path.is_file():
-            shutil.copy(path, tmp_path)
-    shutil.copytree(HERE / 'logs', tmp_path / 'logs', ignore=shutil.ignore_patterns('*.pt', '__pycache__'))
+    """A copy of what git tracks (runs of your own do not count), or of everything where there is no git."""
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=HERE, capture_output=True, text=True)
+    if listed.returncode:
+        ignore = shutil.ignore_patterns('.venv', 'datasets', '*.last.pt', '*.prev.pt', '__pycache__')
+        shutil.copytree(HERE, tmp_path, ignore=ignore, dirs_exist_ok=True)
+    for name in filter(None, listed.stdout.split('\0')):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, tmp_path / name)
     return tmp_path
 
 
-def test_readme_is_current():
-    assert tables.check(HERE) == []
+def test_pages_are_current(repository):
+    assert tables.check(repository) == []
 
 
-def test_a_result_that_contradicts_its_log_is_found(repository):
+def test_a_log_that_contradicts_itself_is_found(repository):
     path = repository / RUN
     text = path.read_text()
-    last_row = text.splitlines()[-4]
-    for old, new, words in (
-            (' val_acc=0.7211', ' val_acc=0.7311', 'val_acc=0.7311, the last row with * 0.7211'),
-            (' val_nll=0.7758', ' val_nll=0.7', 'val_nll=0.7, the last row with * 0.7758'),
-            (' best_iter=1000', ' best_iter=900', 'best_iter=900, the last row with * 1000'),
-            (' tst_acc=0.7140', ' tst_acc=0.7141', 'tst_acc=0.7141, the lines below the rows 0.7140'),
-            (' tst_nll=0.8019', '', 'tst_nll=None, the lines below the rows 0.8019'),
-            (' tst_acc=', ' in_acc=0.9 tst_acc=', 'in_acc=0.9, the lines below the rows None'),
-            (' params=272474', ' params=272475', 'params=272475, resnet.py 272474'),
-            ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
-            (' iters=1000', ' iters=2000', 'iters=2000, the last row 1000'),
-            (' wd=0.001', ' wd=0.002', 'with these settings it belongs into CIFAR10_x32/'),
-            (' seed=1', ' seed=4', 'seed=4, the header 1'),
-            (' iter_per_min=172', ' iter_per_min=372', 'iter_per_min=372, the last row 172'),
-            (' img_per_s=810', ' img_per_s=1810', 'img_per_s=1810, its rows '),
-            (' hours=0.097', ' hours=0.07', 'hours=0.07, the last row 0:05:48'),
-            (' world=1', ' world=2', 'the last start 1 x AMD'),
-            (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, the last start AMD EPYC'),
-            (last_row, last_row[:-2], 'the last row with * does not have the highest'),
-            (last_row, '', 'iters=1000, the last row 900'),
-            ('\n    500', '\n   x500', 'every 100 updates, each once'),
-            (last_row, f'{last_row}\n{last_row}', 'every 100 updates, each once'),
-            ('depth                 : 20\n', '', "its header or rows are incomplete ('depth')"),
-            (' best_iter=1000', ' best_iter=ten', 'the RESULT line cannot be read'),
-            (' hours=0.097', '', "the RESULT line cannot be read ('hours')"),
-            (' seed=1', ' seed=1 seed=1', 'the RESULT line cannot be read (a key twice'),
-            (' threads" torch', ' thr', 'the RESULT line cannot be read (No closing quotation)'),
-            ('RESULT', 'RESULT\nRESULT', 'the RESULT line cannot be read'),
-            ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one')):
-        head, found, tail = text.rpartition(old)
-        assert found, old
-        path.write_text(head + new + tail)
-        problems = tables.check(repository)
-        assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
-    readme = (repository / 'README.md').read_bytes()
-    assert tables.check(repository, write=True) and (repository / 'README.md').read_bytes() == readme
-    path.write_text(text)
-    assert tables.check(repository) == []
+    unfinished = text[:text.index('val    acc')]
+    *_, row_600, _, _, row_900, row_1000 = [line for line in unfinished.splitlines() if line.strip()]
+    of_result = (
+        (' val_acc=0.7211', ' val_acc=0.7311', 'val_acc=0.7311, the last row with * 0.7211'),
+        (' val_nll=0.7758', ' val_nll=0.7', 'val_nll=0.7, the last row with * 0.7758'),
+        (' best_iter=1000', ' best_iter=900', 'best_iter=900, the last row with * 1000'),
+        (' tst_acc=0.7140', ' tst_acc=0.7141', 'tst_acc=0.7141, the lines below the rows 0.7140'),
+        (' tst_nll=0.8019', '', 'tst_nll=None, the lines below the rows 0.8019'),
+        (' tst_acc=', ' in_acc=0.9 tst_acc=', 'in_acc=0.9, the lines below the rows None'),
+        (' params=272474', ' params=272475', 'params=272475, the header 272474'),
+        (' iters=1000', ' iters=2000', 'iters=2000, the header 1000'),
+        (' wd=0.001', ' wd=0.002', 'wd=0.002, the header 0.001'),
+        (' seed=1', ' seed=4', 'seed=4, the header 1'),
+        (' iter_per_min=172', ' iter_per_min=372', 'iter_per_min=372, the last row 172'),
+        (' img_per_s=810', ' img_per_s=1810', 'img_per_s=1810, its rows '),
+        (' hours=0.097', ' hours=0.07', 'hours=0.07, the last row 0:05:48'),
+        (' world=1', ' world=2', 'the last start 1 x AMD'),
+        (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, the last start AMD EPYC'),
+        (row_1000, '', 'every 100 updates, each once, up to 1000'),
+        (' best_iter=1000', '', 'best_iter=None, the last row with * 1000'),
+        (' hours=0.097', '', 'hours=nan, the last row 0:05:48'),
+        (' hours=0.097', ' hours=x', 'could not convert string to float'),
+        (' world=1', '', 'device=AMD EPYC, 2 threads, the last start 1 x AMD'),
+        (' seed=1', ' seed=1 seed=1', 'the RESULT line has a key twice'),
+        (' threads" torch', ' thr', 'the RESULT line cannot be read (No closing quotation)'),
+        ('RESULT', 'RESULT x\nRESULT', 'the RESULT line cannot be read'),
+        ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one'))
+    of_all = (
+        ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
+        ('\nwd                    : 0.001', '\nwd                    : 0.002', 'it belongs into CIFAR10_x32'),
+        ('\nlr                    : 0.1', '\nlr                    : x', 'could not convert'),
+        ('depth                 : 20\n', '', "its header is incomplete ('depth')"),
+        ('command ', 'commend ', "its header is incomplete ('command')"),
+        ('\n    500', '\n   x500', 'every 100 updates, each once'),
+        (row_900, f'{row_900}\n{row_900}', 'every 100 updates, each once'),
+        (row_1000, row_1000[:-2], 'row 1000 is not marked as the best, wrongly'),
+        (row_600, f'{row_600} *', 'row 600 is marked as the best, wrongly'))
+    for whole, cases in ((text, of_result + of_all), (unfinished, of_all)):
+        for old, new, words in cases:
+            head, found, tail = whole.rpartition(old)
+            assert found, old
+            path.write_text(head + new + tail)
+            problems = tables.check(repository)
+            assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
+    page = (repository / 'logs' / 'README.md').read_bytes()
+    assert tables.check(repository, write=True) and (repository / 'logs' / 'README.md').read_bytes() == page
+    for good in (text, unfinished, unfinished.replace(row_1000, ''), unfinished[:unfinished.index('\n\n')]):
+        path.write_text(good)
+        assert not [problem for problem in tables.check(repository) if str(path) in problem]
     shutil.move(path, path.parents[1] / '2')
     assert any(f'{RUN.parts[-3]}/1' in problem for problem in tables.check(repository))
 
@@ -1300,94 +1314,226 @@ def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(reference_run, 
     assert list(tables.contradictions(tables.read_log(path), repository / 'logs')) == []
 
 
-def test_a_readme_that_is_wrong_is_found_and_written_again(repository):
-    path = repository / 'README.md'
-    text = path.read_text()
-    for old, new, words in (('0.7067', '0.7167', 'disagrees with the logs'), ('| 0.924 |', '|  |', '0.924'),
-                            ('# Results', '# Results\n[x](no.md)', 'no.md is dead'),
-                            ('# Results', '# Results\n[x](#nothing)', '#nothing is dead'),
-                            ('# Results', '# Results\n![x](logs/no.png)', 'logs/no.png is dead')):
-        path.write_text(text.replace(old, new, 1))
-        assert [words in problem for problem in tables.check(repository)] == [True], words
-    path.write_text(text.replace('## Results', '## Results\n[a](#results) [b](data.py) [c](https://x.org/no)'))
-    assert tables.check(repository) == []
-    path.write_text(text.replace('0.7067', '0.7167'))
-    assert tables.check(repository, write=True) == [] and path.read_text() == text
+def test_a_page_that_is_wrong_is_found_and_written_again(repository):
+    shift = str.maketrans('0123456789', '1234567890')
+    for name, figures in (('README.md', (r'\*\*0\.\d{4}\*\*', r'[\d.]+ % (?:higher|lower)')),
+                          ('logs/README.md', (r'\*\*0\.\d{4}\*\*', r'\| 0\.\d{3} \|', r'bf16 +\d+'))):
+        path, heading = repository / name, '## Results'
+        text = path.read_text()
+        figures = [re.search(figure, text)[0] for figure in figures]
+        for old, new, words in (*((figure, figure.translate(shift), figure) for figure in figures),
+                                (heading, f'{heading}\n[x](no.md)', 'no.md is dead'),
+                                (heading, f'{heading}\n[x](#nothing)', '#nothing is dead'),
+                                (heading, f'{heading}\n![x](logs/no.png)', 'logs/no.png is dead')):
+            path.write_text(text.replace(old, new, 1))
+            assert [words in problem for problem in tables.check(repository)] == [True], words
+        path.write_text(text.replace(heading, f'{heading}\n[a](#results) [b](README.md) [c](https://x.org/no)'))
+        assert tables.check(repository) == []
+        path.write_text(text.replace(figures[0], figures[0].translate(shift), 1))
+        assert tables.check(repository, write=True) == [] and path.read_text() == text
+        path.write_text(text.replace('<!-- end of results -->', ''))
+        with pytest.raises(data.UserError, match='end of results'):
+            tables.check(repository)
+        path.write_text(text)
     (repository / RUN).unlink()
     assert any('disagrees' in problem for problem in tables.check(repository))
-    path.write_text(text.replace('<!-- end of results -->', ''))
-    with pytest.raises(data.UserError, match='end of results'):
-        tables.check(repository)
 
 
-def test_unfinished_runs_and_those_of_other_scripts_are_left_out(repository):
-    text = (repository / RUN).read_text()
+def test_logs_of_copies_and_parts_stay_out(repository):
     for name in ('mine', 'CIFAR10_x32-synthetic', 'CIFAR10_x32-incomplete'):
         (repository / 'logs' / name / '1').mkdir(parents=True)
-        (repository / 'logs' / name / '1' / 'x.log').write_text(text)
-    (repository / RUN).with_name('20991231-000000.log').write_text(text[:text.index('RESULT')] + 'odd\n')
+        shutil.copy(repository / RUN, repository / 'logs' / name / '1')
     assert tables.check(repository) == []
 
 
-def test_means_and_places_of_runs():
-    def made(seed, stamp='1', **changed):
-        result = tables.read_log(HERE / RUN).result | dict(iters='48000', precision='fp32', seed=str(seed))
-        return SimpleNamespace(path=Path('/logs/CIFAR10_x32/run', str(seed), f'{stamp}.log'),
-                               result=result | changed)
+def made(seed=1, stamp='1', rows=((1000, 1.9), (2000, 1.2)), stopped=False, **changed):
+    """A run of R20x1, of the schedule of its row."""
+    log = tables.read_log(HERE / RUN)
+    changed = dict(iters='48000', precision='fp32', seed=str(seed)) | changed
+    result = {key: value for key, value in (log.result | changed).items() if value}
+    header = log.header | {key: value for key, value in changed.items() if key in log.header}
+    return SimpleNamespace(path=Path('/logs/CIFAR10_x32/run', str(seed), f'{stamp}.log'), header=header,
+                           rows=[dict(iter=str(it), trn_loss=str(loss)) for it, loss in rows],
+                           result=None if stopped else result,
+                           devices=changed.get('device', log.devices))
 
-    def lines(markdown):
-        titles, _, *rest = [line[2:-2].split(' | ') for line in markdown.strip().splitlines()]
-        return [dict(zip(titles, cells, strict=True)) for cells in rest]
+
+def cells(markdown):
+    titles, _, *rest = [line[2:-2].split(' | ') for line in markdown.splitlines() if line.startswith('|')]
+    return [dict(zip(titles, line, strict=True)) for line in rest]
+
+
+def beside(dataset, *logs):
+    """(lines of the table of a data set, lines of the table of other runs)"""
+    reference = tables.read_reference(HERE / 'logs')
+    lines, others = tables.make_lines(reference, logs)
+    return (cells(tables.data_set_table([line for line in lines if line[0]['dataset'] == dataset])),
+            cells(tables.runs_table(others)) if others else [])
+
+
+def test_the_reference_is_what_it_was():
+    rows = tables.read_reference(HERE / 'logs')
+    assert len(rows) == 42 and [row['source'] for row in rows].count('seed') == 37
+    for row in rows:
+        assert row['curve'].keys() == {str(it) for it in range(1000, int(row['iters']) + 1, 1000)} or (
+            row['source'] == 'later' and not row['curve'])
+        if row['curve'] and (row['dataset'], row['depth']) != ('CIFAR10_x32', '56'):  # it is of update 45000
+            best = max(float(point['val_acc']) for point in row['curve'].values())
+            assert best == pytest.approx(float(row['val_acc']), abs=6e-4)
+
+
+def test_runs_stand_beside_the_row_of_their_net_and_schedule():
+    lines, others = beside(
+        'CIFAR10_x32', made(), made(precision='bf16', depth='32'), made(depth='18', precision='bf16'),
+        made(depth='110', val_acc='0.78'), made(depth='56', iters='24000'), made(depth='44', lr='0.2'),
+        made(depth='44', batch='128'), made(depth='44', wd='0.002'), made(depth='110', seed=5, stopped=True))
+    found = [(line['net, parameters'][:5], line['precision'], line['log by seed'] != '') for line in lines]
+    assert found == [
+        ('R20x1', 'fp32 / **fp32**', True), ('R20x2', 'fp32', False), ('R20x4', 'fp32', False),
+        ('R32x1', 'fp32 / **bf16**', True), ('R44x1', 'fp32', False), ('R56x1', 'fp32', False),
+        ('R18x1', 'fp32', False), ('R18x1', 'fp16 / **bf16**', True)]
+    assert [line['val'] for line in lines[:2]] == ['0.923 / **0.7211**', '0.947']
+    assert [(line['net'], line['settings']) for line in others] == [
+        ('R110x1, fp32', '48000 updates, batch 256, lr 0.1, wd 0.001'),
+        ('R56x1, fp32', '24000 updates, batch 256, lr 0.1, wd 0.001'),
+        ('R44x1, fp32', '48000 updates, batch 256, lr 0.2, wd 0.001'),
+        ('R44x1, fp32', '48000 updates, batch 128, lr 0.1, wd 0.001'),
+        ('R44x1, fp32', '48000 updates, batch 256, lr 0.1, wd 0.002')]
+    assert others[0]['ours'] == 'val 0.7800, tst 0.7140' and 'reference' not in others[0]
+    lines, _ = beside('CIFAR10_x32', made(depth='18'))  # fp32 where the reference has both
+    assert [line['precision'] for line in lines[-2:]] == ['fp32 / **fp32**', 'fp16']
+
+
+def test_means_over_seeds_and_which_of_two_runs_counts():
+    lines, _ = beside(
+        'CIFAR10_x32', made(2, val_acc='0.93'), made(1, val_acc='0.92'), made(10, val_acc='0.94'),
+        made(1, stamp='0', val_acc='0.1'), made(1, stamp='2', stopped=True),
+        made(1, device='another', val_acc='0.91'))
+    assert lines[0]['val'] == '0.923 / **0.9300 ± 0.0100**'
+    assert lines[0]['tst'] == '0.924 / **0.7140 ± 0.0000**'
+    assert re.findall(r'\[(\d+)\]\((\S+?)\)', lines[0]['log by seed']) == [
+        (seed, f'CIFAR10_x32/run/{seed}/1.log') for seed in ('1', '2', '10')]
+    assert lines[1]['val'] == '0.923 / **0.9100**' and len(lines) == 9
+
+
+def test_runs_that_were_stopped_are_compared_row_by_row():
+    reference = {'1000': 1.959, '2000': 1.198}
+    lines, others = beside(
+        'CIFAR10_x32', made(1, stopped=True, rows=[(1000, 1.9), (1500, 1.4), (2000, 1.3), (2500, 1.1)]),
+        made(2, stopped=True, rows=[(1000, 2.0)]),
+        made(2, stamp='2', stopped=True, rows=[(1000, 1.959), (2000, 'inf')]))  # fp16 skipped an update
+    assert [line['log by seed'][:3] for line in lines[:3]] == ['[1]', '[2]', ''] and not others
+    assert [line['updates'] for line in lines[:3]] == ['**2500**', '**2000**', '']
+    assert [line['trn loss, reference / ours'] for line in lines[:3]] == [
+        '1.198 / **1.3000**', '1.959 / **1.9590**', '']
+    mean = (1.9 / reference['1000'] * 1.3 / reference['2000']) ** 0.5
+    assert [line['mean ratio'] for line in lines[:3]] == [f'**{mean:.3f}**', '**1.000**', '']
+    assert lines[0]['val'] == '0.923'
+
+
+def test_tables_have_nine_columns_none_of_them_empty():
+    reference = tables.read_reference(HERE / 'logs')
     large = dict(dataset='imagenet2012', depth='50', batch='2048', iters='64000', lr='0.8', wd='0.0001')
-    text = tables.make_tables(REFERENCE, [
-        made(1, val_acc='0.92', hours='0.4'), made(2, val_acc='0.93', hours='0.5'),
-        made(10, val_acc='0.94', hours='0.6'), made(1, stamp='0', val_acc='0.1'),
-        made(1, device='another', val_acc='0.91'), made(1, precision='bf16', val_acc='0.77'),
-        made(1, depth='110', val_acc='0.78'), made(1, iters='24000', val_acc='0.79'),
-        made(1, lr='0.2', val_acc='0.8'), made(1, **large, precision='fp16', in_acc='0.76')])
-    _, *parts = text['results'].split('### ')
-    sets = {name: lines(part) for name, _, part in (part.partition('\n\n') for part in parts)}
-    cifar = sets['CIFAR10_x32']
-    assert [line['ref. val'] for line in cifar] == ['0.923', '0.923', '0.947', '0.954', '0.932', '0.936',
-                                                    '0.937', '0.952', '0.953', '', '']
-    first, second, third = cifar[:3]
-    assert first['val'] == '0.9300 ± 0.0100' and first['tst'] == '0.7140 ± 0.0000' and first['n'] == '3'
-    assert re.findall(r'\[(\d+)\]\((\S+?)\)', first['logs by seed']) == [
-        (seed, f'logs/CIFAR10_x32/run/{seed}/1.log') for seed in ('1', '2', '10')]
-    assert second['val'] == '0.9100' and second['device'] == '1 x another' and second['n'] == '1'
-    assert third['val'] == third['device'] == third['logs by seed'] == '—'
-    assert {(line['net'], line['precision'], line['val']) for line in cifar[9:]} == {
-        ('R110x1', 'fp32', '0.7800'), ('R20x1', 'bf16', '0.7700')}
-    others = sets['Shorter runs and other settings']
-    assert [(line['updates'], line['lr'], line['val']) for line in others] == [
-        ('24000', '0.1', '0.7900'), ('48000', '0.2', '0.8000')]
-    assert sum(len(lines) for lines in sets.values()) == len(REFERENCE) + 5
-    twice = [line for line in sets['imagenet2012'] if line['IN'] == '0.7600']  # rows of different hardware
-    assert [line['ref. device'] for line in twice] == ['8x RTX 3090', '8x TPUv3']
-    assert twice[0]['IN-V2'] == '' and 'tst' not in twice[0] and 'batch' in twice[0] and 'batch' not in first
-    headline = lines(text['headline'])
-    assert len(headline) == 7 and headline[0]['val'] == '0.9300 ± 0.0100'
-    assert headline[0]['minutes'] == '30.0 ± 6.0'
-    assert headline[1]['val'] == '—' and headline[1]['ref. val'] == '0.774'
+    full = made(**large, precision='fp16', val_acc='0.76', inv2_acc='0.64', tst_acc='', tst_nll='',
+                rows=[(64000, 1.0)])
+    for dataset in dict.fromkeys(row['dataset'] for row in reference):
+        for logs in ([], [full], [made(dataset=dataset, stopped=True)]):
+            lines, _ = beside(dataset, *logs)
+            assert len(lines) == len([row for row in REFERENCE if row['dataset'] == dataset])
+            assert len(lines[0]) <= 9 and all(any(line[title] for line in lines) for title in lines[0])
+            assert not re.search('(^| )[-–—]+( |$)', ' | '.join(' | '.join(line.values()) for line in lines))
+    lines, _ = beside('imagenet2012', full)
+    assert [line['net, parameters, batch, reference on'] for line in lines if line['log by seed']] == [
+        'R50x1, 25.56M, 2048, 8x RTX 3090', 'R50x1, 25.56M, 2048, 8x TPUv3']
+    assert lines[3]['IN'] == '0.765 / **0.7600**'  # IN is val
+    assert lines[3]['other test sets'] == 'IN-V2 0.641 / **IN-V2 0.6400**'
 
 
-def test_learning_curves(tmp_path, monkeypatch):
-    logs = sorted((HERE / RUN).parents[1].rglob('*.log'))
+def test_what_the_landing_page_says():
+    full, stopped = made(val_acc='0.92', tst_acc='0.93', hours='0.5'), made(depth='32', stopped=True)
+    full.rows = [dict(iter='1000', trn_loss='2.1549'), dict(iter='2000', trn_loss='1.198')]
+    lines, _ = tables.make_lines(tables.read_reference(HERE / 'logs'), [full, stopped])
+    full, stopped = (line for line in lines if line[1])
+    text = tables.on_finished(*full)
+    for words in ('R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', 'test accuracy of **0.9300**',
+                  'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher'):
+        assert words in text, text
+    assert 'rows begun: 1. Their training losses over the first 2000 to 2000' in tables.on_stopped([stopped])
+    assert tables.on_stopped([]) == ''
+    line, = cells(tables.runs_table([full]))
+    assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'
+    assert line['hours'] == '0.50' and not {'settings', 'weights'} & line.keys()
+
+
+def published(root):
+    return [root / line[2:] for line in tables.make(root)[0]['.gitignore']['weights'].splitlines()]
+
+
+def test_published_weights_pass_gitignore_and_no_others(repository):
+    def ignored(*paths):
+        command = ['git', 'check-ignore', *paths]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True).stdout.splitlines()
+
+    assert published(repository) == sorted(repository.rglob('*.pt'))  # what git tracks is what is listed
+    for path in repository.rglob('*.pt'):
+        path.unlink()
+    assert tables.check(repository, write=True) == []
+    subprocess.run(['git', 'init', '-q'], cwd=repository, check=True)
+    log = repository / re.search(r'\]\((logs/\S+\.log)\)', README)[1]  # of a finished run beside a row
+    weights = log.with_suffix('.best.pt')
+    others = [log.with_suffix('.last.pt'), log.with_suffix('.prev.pt'),
+              repository / RUN.with_suffix('.best.pt')]
+    for size, passes in ((5_000_000, True), (5_000_001, False)):
+        for path in (weights, *others):
+            path.write_bytes(bytes(size))
+        assert any('.gitignore disagrees' in problem for problem in tables.check(repository))
+        assert tables.check(repository, write=True) == []
+        assert (weights in published(repository)) == passes
+        assert ignored(weights, *others) == [str(path) for path in ([] if passes else [weights]) + others]
+        link = f']({weights.relative_to(repository).as_posix()})'
+        assert (link in (repository / 'README.md').read_text()) == passes
+
+
+def test_published_weights_give_the_figures_of_their_logs(reference_run, small, repository, capsys):
+    """Of those whose data set is at hand; the last ones are of a run made for the tests."""
+    same = ('depth', 'width', 'seed', 'params', 'iters', 'dataset')
+    for path in [*published(repository), only(reference_run[0], '*.best.pt')]:
+        log = tables.read_log(path.with_name(path.name.replace('.best.pt', '.log')))
+        config = torch.load(path, weights_only=True)['config']
+        assert {key: str(config[key]) for key in same} == {key: log.header[key] for key in same}
+        dataset = log.header['dataset'].removesuffix('-incomplete')
+        folder = small if dataset != log.header['dataset'] else HERE / 'datasets'
+        at_hand = (folder / dataset).exists()
+        main(f'{dataset.lower()}.py', '--depth', config['depth'], '--width', config['width'],
+             '--precision', config['precision'], '--device', 'cpu', '--eval', path,
+             *(['--data-dir', folder] if at_hand else ['--synthetic']))
+        printed = re.findall(r'^(\S+) +acc (\S+)', capsys.readouterr().out, re.M)
+        assert [name for name, _ in printed][:2] == ['val', 'tst']
+        for name, accuracy in printed if at_hand else []:
+            assert float(accuracy) == pytest.approx(float(log.evals[f'{name}_acc']), abs=1e-3)
+
+
+def test_curves(repository, monkeypatch):
     if importlib.util.find_spec('matplotlib'):
-        tables.plot(tmp_path / 'curves.png', logs)
-        assert Image.open(tmp_path / 'curves.png').size[0] > 600
-        with pytest.raises(data.UserError, match='not a log'):
-            tables.plot(tmp_path / 'curves.png', [HERE / 'README.md'])
-        with pytest.raises(data.UserError, match='not supported'):
-            tables.plot(tmp_path / 'curves.jpgg', logs)
-        (tmp_path / 'folder.png').mkdir()
-        with pytest.raises(OSError):
-            tables.plot(tmp_path / 'folder.png', logs)
-        assert len(list(tmp_path.iterdir())) == 2  # nothing half-written is left
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed
+        before = {path.name for path in (repository / 'logs').glob('curves-*.png')}
+        for path in (repository / 'logs').glob('curves-*.png'):
+            path.unlink()
+        assert tables.plot(repository) == []
+        pictures = [*(repository / 'logs').glob('curves-*.png')]
+        assert {path.name for path in pictures} == before and 'curves-CIFAR10_x32.png' in before
+        assert all(path.stat().st_size < 150_000 and Image.open(path).size[0] > 900 for path in pictures)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # as if it were not installed
     with pytest.raises(data.UserError, match='python -m pip install matplotlib'):
-        tables.plot(tmp_path / 'curves.png', logs)
-    says(run('logs/table.py', '--plot', tmp_path / 'curves.png', ok=2), 'out.png LOG')
+        tables.plot(repository)
+
+
+def test_table_prints_its_tables_or_its_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['table.py'])
+    tables.main()
+    assert '### CIFAR10_x32' in capsys.readouterr().out
+    monkeypatch.setattr(sys, 'argv', ['table.py', '--draw'])
+    with pytest.raises(SystemExit, match='--plot'):
+        tables.main()
 
 
 # ---- logs/bench.py ----
@@ -2176,26 +2322,45 @@ README = (HERE / 'README.md').read_text()
 
 
 def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
-    """Every command but the first two, which set the tests up; training is cut short, on generated images."""
+    """Every command but the first two, which set the tests up; training is short, on generated images."""
     monkeypatch.setenv(data.INCOMPLETE, '1')
     short = f'--depth 20 --width 1 --synthetic --iters 2 --batch 16 --device cpu --log-dir {tmp_path}'
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
-    blocks = re.findall(r'^```\n(.*?)^```', README, re.M | re.S)
-    commands = [line for block in blocks[1:] for line in block.splitlines() if not line.startswith(' ')]
-    assert len(commands) > 5
-    for command in commands:
-        program, *words = re.sub(r'^torchrun (--\S+ [^-\s]\S* )*', 'python ', command).split()
+    blocks = [block for kind, block in re.findall(r'^```(\w*)\n(.*?)^```', README, re.M | re.S) if not kind]
+    commands = [line for block in blocks[1:] for line in block.splitlines()]
+    commands += re.findall(r'srun \.venv/bin/(.*)"', README)
+    inline = [' '.join(command.split()) for command in re.findall(r'`((?:python|cp|diff) [^`]+)`', README)]
+    assert len(commands) > 3 and len(inline) > 3 and len(blocks[0].splitlines()) == 2
+    for command in inline:
+        assert (HERE / command.split()[1]).exists(), command
+    for command in commands + [command for command in inline if ' pack ' in command]:
+        torchrun = r'^(?:\w+=1 )?torchrun (--\S+ (?:[^-\s]\S* )?)*'
+        program, *words = re.sub(torchrun, 'python ', command).split()
         if program in ('cp', 'diff'):
             assert (HERE / words[0]).exists(), command
             continue
         assert program == 'python' and (HERE / words[0]).exists(), command
-        if words[0] == 'logs/table.py':  # has tests of its own
-            continue
+        assert 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in command or '--max-restarts' not in command
         extra = ['--data-dir', str(tmp_path)] if words[0] == 'data.py' else short.split()
         monkeypatch.setattr(sys, 'argv', [*words, *extra])
         shutil.rmtree(tmp_path / 'imagenet2012-pack', ignore_errors=True)
         importlib.import_module(words[0].removesuffix('.py')).main()
         assert 'RESULT' in capsys.readouterr().out or words[0] == 'data.py', command
+
+
+def test_readme_weights_in_five_lines(reference_run, tmp_path, monkeypatch):
+    lines = re.search(r'^```python\n(import.*?)^```', README, re.M | re.S)[1]
+    (tmp_path / 'logs').symlink_to(reference_run[0])
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines, names)
+    assert names['logits'].shape == (8, 10) and not names['net'].training
+    assert torch.equal(names['net'].fc.bias, names['checkpoint']['net']['fc.bias'])
+
+
+def test_readme_is_a_landing_page():
+    assert len(README.splitlines()) <= 160
+    assert re.search(r'\*\*0\.\d+\*\*', README[:README.index('```')])  # a figure of ours comes first
 
 
 def test_readme_names_tests_that_exist():
@@ -2204,7 +2369,7 @@ def test_readme_names_tests_that_exist():
 
 
 def test_readme_copy_for_your_own_data(tmp_path, monkeypatch):
-    recipe = re.search(r'^```python\n(.*?)^```', README, re.M | re.S)[1]
+    recipe = re.search(r'^```python\n(DATASET.*?)^```', README, re.M | re.S)[1]
     copy = HERE / 'flowers_for_test.py'
     text = (HERE / 'cifar10_x32.py').read_text()
     first = "DATASET = 'CIFAR10_x32'\n"

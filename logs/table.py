@@ -1,30 +1,30 @@
-"""Turns the logs of finished runs into the README's tables, the reference's figures beside ours.
+"""Turns logs into tables and pictures of README.md and logs/README.md, the reference's figures beside ours.
 
-The table of what nets cost comes from logs/bench.txt, which is what python logs/bench.py --ours printed.
+    python logs/table.py              prints the tables
+    python logs/table.py --write      puts them into both pages, and the published weights into .gitignore
+    python logs/table.py --check      fails if a log, a table or a link is wrong
+    python logs/table.py --plot       draws logs/curves-<DATASET>.png (needs matplotlib)
 
-    python logs/table.py                          prints the tables
-    python logs/table.py --write                  puts them into README.md, between its markers
-    python logs/table.py --check                  fails if README.md, a link in it or a RESULT line is wrong
-    python logs/table.py --plot out.png LOG...    draws learning curves (needs matplotlib)
+The logs that count lie in the folders of the seven data sets; those of copied scripts, and of -synthetic and
+-incomplete data, do not. A run stands beside a row of reference.csv if data set, net and schedule (batch,
+updates, learning rate, weight decay) are the same. Where the reference has such a row in fp32 and in fp16,
+runs in fp32 stand beside the first, all others beside the second. Runs that were stopped, or still go on,
+count as far as their rows go. Finished runs without a row to stand beside come last.
 
-The logs that count have a RESULT line and lie in the folders of the seven data sets: unfinished runs, those
-on -synthetic and -incomplete data and those of copied scripts stay out. Figures are means over seeds, ± the
-standard deviation of a sample (n - 1). Of runs that differ in nothing but their date the newest counts. Runs
-on different devices get lines of their own.
-
-A run stands beside a row of reference.csv if data set, net, precision, batch, updates, learning rate and
-weight decay are the same. A run of the same schedule whose net or precision the reference lacks (say,
-bf16 on a CPU) gets a line in the same table, without reference figures. All others, most of them shorter,
-come last.
+Figures are means over seeds, ± the standard deviation of a sample (n - 1). Of runs with the same settings,
+seed and device the newest counts; one that was stopped only if none is finished. Other devices have other
+lines.
+Weights (.best.pt) of finished runs beside a row are published if they are there and have at most 5 MB.
 """
-import argparse
 import csv
+import difflib
 import functools
+import itertools
+import math
 import re
 import shlex
 import statistics
 import sys
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,17 +34,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import UserError  # noqa: E402 - the line above finds these
 from logs.run import run_folder_name  # noqa: E402
-from resnet import ResNet, multiply_adds, parameters  # noqa: E402
+from resnet import ResNet, parameters  # noqa: E402
 
 NUMBER = r'(-?\d+\.?\d*(?:e[-+]\d+)?|-?inf|nan)'
 ROW = re.compile(r' *([1-9]\d*) +' + f'{NUMBER} +' * 9 + r'((?:\d+ days?, )?\d+:\d\d:\d\d)( \*)?')
 ROW_KEYS = 'iter lr trn_loss trn_acc val_acc val_nll iter_per_min img_per_s wait skipped elapsed best'.split()
 EVALUATION = re.compile(rf'(\S+) +acc {NUMBER}  nll {NUMBER}  \d+ images')
-SCHEDULE = ('batch', 'iters', 'lr', 'wd')
-SETTINGS = ('dataset', 'depth', 'width', 'precision', *SCHEDULE)
-INTEGERS = ('depth', 'width', 'seed', 'params', 'batch', 'iters', 'best_iter', 'world')
-FLOATS = ('lr', 'wd', 'val_acc', 'val_nll', 'iter_per_min', 'img_per_s', 'hours')
-MARKERS = '<!-- {}: made by python logs/table.py --write -->', '<!-- end of {} -->'
+SCHEDULE = ('dataset', 'depth', 'width', 'batch', 'iters', 'lr', 'wd')
+SETTINGS = (*SCHEDULE, 'precision')
+CURVE = ('dataset', 'depth', 'width', 'batch', 'precision', 'hardware')
+TEST_SETS = {'IN-V2': 'inv2_acc', 'IN-R': 'inr_acc', 'IN-A': 'ina_acc', 'IN-Sketch': 'insketch_acc'}
+NAMES = {'batch': 'batch', 'iters': 'updates', 'lr': 'learning rate', 'wd': 'weight decay',
+         'hardware': 'reference on'}
 
 
 # ---- logs ----
@@ -54,12 +55,12 @@ def read_log(path):
 
     header: dict. rows: list of dicts of ROW_KEYS, `best` is ' *' or None. evals: dict, val_acc and so on,
     from the lines below the rows. devices: '2 x NVIDIA ...', of the last start. result: dict, or None while
-    unfinished. Raises UserError if there is a RESULT line that cannot be read, or anything after it.
+    unfinished. Raises ValueError if there is a RESULT line that cannot be read, or anything after it.
     """
     log = SimpleNamespace(path=path, header={}, rows=[], evals={}, devices=None, result=None)
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         if log.result and line.strip():
-            raise UserError(f'{path}: the RESULT line is not the last one.')
+            raise ValueError('the RESULT line is not the last one')
         if match := ROW.fullmatch(line):
             log.rows.append(dict(zip(ROW_KEYS, match.groups(), strict=True)))
         elif match := EVALUATION.fullmatch(line):
@@ -68,25 +69,23 @@ def read_log(path):
         elif match := re.fullmatch(r'resumed at update \d+ on (.*)', line):
             log.devices = match[1]
         elif line.startswith('RESULT'):
-            log.result = read_result(path, line)
+            log.result = read_result(line)
         elif not log.rows and ': ' in line:
             key, value = line.split(': ', 1)
-            log.header[key.strip()] = value
+            log.header[key.strip()] = f'{float(value):g}' if key.strip() in ('lr', 'wd') else value
     log.devices = log.devices or log.header.get('devices')
     return log
 
 
-def read_result(path, line):
+def read_result(line):
     try:
         pairs = [word.split('=', 1) for word in shlex.split(line)[1:]]
         result = dict(pairs)
-        numbers = [int(result[key]) for key in INTEGERS] + [float(result[key]) for key in FLOATS]
-        if len(result) < len(pairs) or min(numbers) < 0 or not all(
-                result[key] for key in ('dataset', 'precision', 'device')):
-            raise ValueError('a key twice, an empty value or a negative number')
-        return result
-    except (ValueError, KeyError) as error:
-        raise UserError(f'{path}: the RESULT line cannot be read ({error}).') from error
+    except ValueError as error:
+        raise ValueError(f'the RESULT line cannot be read ({error})') from error
+    if len(result) < len(pairs):
+        raise ValueError('the RESULT line has a key twice')
+    return result
 
 
 @functools.cache
@@ -96,295 +95,334 @@ def count_parameters(depth, width, image_size, num_classes):
 
 
 def contradictions(log, logs):
-    """Yields how a RESULT line contradicts its log's header and rows, resnet.py, or its place in `logs`."""
-    result, rows, header = log.result, log.rows, log.header
+    """Yields what is wrong with a log, finished or not: with its header, its rows, its place in `logs`."""
+    header, rows = log.header, log.rows
     try:
-        last, best = rows[-1], [row for row in rows if row['best']][-1]
-        header = header | {key: f'{float(header[key]):g}' for key in ('lr', 'wd')}
+        config = {key: int(header[key]) for key in ('depth', 'width', 'batch', 'iters', 'seed', 'params')}
+        config |= {key: float(header[key]) for key in ('lr', 'wd')} | {'precision': header['precision']}
         shape = [int(header[key]) for key in ('depth', 'width', 'image_size', 'num_classes')]
-        said = [('params', str(count_parameters(*shape)), 'resnet.py')]
-        said += [(key, header[key], 'the header') for key in (*SETTINGS, 'seed', 'params')]
-    except (IndexError, KeyError, ValueError) as error:
-        yield f'it has a RESULT line, but its header or rows are incomplete ({error})'
+        values(header, ('command', 'versions', 'devices', 'commit', 'images', 'momentum', 'warmup'))
+        place = Path(header['dataset'], run_folder_name(config), header['seed'])
+    except (KeyError, ValueError) as error:
+        yield f'its header is incomplete ({error})'
         return
-    said += [('iters', last['iter'], 'the last row'), ('iter_per_min', last['iter_per_min'], 'the last row'),
-             ('best_iter', best['iter'], 'the last row with *')]
+    if count_parameters(*shape) != config['params']:
+        yield f'the header has params {config["params"]}, resnet.py {count_parameters(*shape)}'
+    if logs / place != log.path.parent:
+        yield f'with these settings it belongs into {place}'
+    every = int(rows[0]['iter']) if rows else 1
+    complete = [*range(every, config['iters'], every), config['iters']]
+    if [int(row['iter']) for row in rows] != (complete if log.result else complete[:len(rows)]):
+        yield f'its rows are not those of every {every} updates, each once, up to {config["iters"]}'
+    best = -1.0
+    for row in rows:  # two that look the same may differ in what was rounded off
+        accuracy = float(row['val_acc'])
+        if accuracy > best and not row['best'] or accuracy < best and row['best']:
+            yield f'row {row["iter"]} is {"" if row["best"] else "not "}marked as the best, wrongly'
+        best = max(best, accuracy)
+    if log.result and any(row['best'] for row in rows):
+        yield from result_contradictions(log)
+
+
+def result_contradictions(log):
+    result, last, best = log.result, log.rows[-1], [row for row in log.rows if row['best']][-1]
+    said = [(key, log.header[key], 'the header') for key in (*SETTINGS, 'seed', 'params')]
+    said += [('iter_per_min', last['iter_per_min'], 'the last row')]
+    said += [('best_iter', best['iter'], 'the last row with *')]
     said += [(key, best[key], 'the last row with *') for key in ('val_acc', 'val_nll')]
     evaluated = sorted({*log.evals, *(key for key in result if key.endswith(('_acc', '_nll')))})
     said += [(key, log.evals.get(key), 'the lines below the rows') for key in evaluated]
-    said += [('device', (log.devices or '').removeprefix(f'{result["world"]} x '), 'the last start')]
+    said += [('device', (log.devices or '').removeprefix(f'{result.get("world")} x '), 'the last start')]
     for key, value, source in said:
         if result.get(key) != value:
             yield f'RESULT has {key}={result.get(key)}, {source} {value}'
-    if float(best['val_acc']) < max(float(row['val_acc']) for row in rows):
-        yield 'the last row with * does not have the highest val acc'
-    every, iters = int(rows[0]['iter']), int(last['iter'])
-    if [int(row['iter']) for row in rows] != [*range(every, iters, every), iters]:
-        yield f'its rows are not those of every {every} updates, each once'
-    speeds = [float(row['img_per_s']) for row in rows]
-    if not min(speeds) <= float(result['img_per_s']) <= max(speeds):
-        yield f'RESULT has img_per_s={result["img_per_s"]}, its rows {min(speeds):.0f} to {max(speeds):.0f}'
+    speed, hours = (float(result.get(key, 'nan')) for key in ('img_per_s', 'hours'))
+    speeds = [float(row['img_per_s']) for row in log.rows]
+    if not min(speeds) <= speed <= max(speeds):
+        yield f'RESULT has img_per_s={speed:g}, its rows {min(speeds):.0f} to {max(speeds):.0f}'
     units = zip(reversed(re.findall(r'\d+', last['elapsed'])), (1, 60, 3600, 86400), strict=False)
-    if not -2 < 3600 * float(result['hours']) - sum(int(count) * unit for count, unit in units) < 60:
-        yield f'RESULT has hours={result["hours"]}, the last row {last["elapsed"]}'
-    settings = {key: int(result[key]) for key in INTEGERS} | {key: float(result[key]) for key in ('lr', 'wd')}
-    name = run_folder_name(settings | {'precision': result['precision']})
-    if (folder := logs / result['dataset'] / name / result['seed']) != log.path.parent:
-        yield f'with these settings it belongs into {folder.relative_to(logs)}'
+    if not -2 < 3600 * hours - sum(int(count) * unit for count, unit in units) < 60:
+        yield f'RESULT has hours={hours:g}, the last row {last["elapsed"]}'
 
 
-def read_finished(logs, datasets):
-    """(logs with a RESULT line in the folders of these data sets, sentences on what is wrong with them)."""
-    finished, problems = [], []
+def read_logs(logs, datasets):
+    """(good logs with rows in the folders of these data sets, sentences on what is wrong with the others)."""
+    good, problems = [], []
     for path in sorted(path for name in datasets for path in (logs / name).rglob('*.log')):
         try:
             log = read_log(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if log.result:
-            finished.append(log)
-            problems += [f'{path}: {text}.' for text in contradictions(log, logs)]
-    return finished, problems
+            wrong = list(contradictions(log, logs))
+        except ValueError as error:
+            wrong = [error]
+        problems += [f'{path}: {text}.' for text in wrong]
+        good += [log] if not wrong and log.rows else []
+    return good, problems
 
 
-# ---- tables: a line is a pair of a row (of reference.csv, or like one) and the logs of its seeds ----
+# ---- lines: a row of the reference and the runs beside it, which differ in their seed only ----
 
 def values(row, keys):
     return tuple(row[key] for key in keys)
 
 
-def device(log):
-    return f'{log.result["world"]} x {log.result["device"]}'
+def read_reference(logs):
+    """The rows of reference.csv, strings, each with its `curve`: {update: row of reference_curves.csv}."""
+    rows, points = ([*csv.DictReader((logs / name).read_text().splitlines())]
+                    for name in ('reference.csv', 'reference_curves.csv'))
+    curves = {values(row, CURVE): {} for row in rows}
+    for point in points:
+        curves[values(point, CURVE)][point['iter']] = point
+    return [row | {'curve': curves[values(row, CURVE)]} for row in rows]
 
 
-def pair_up(reference, logs):
-    """All lines: those of the reference in its order, with or without logs, then those of other settings."""
-    seeds = {}
-    for log in sorted(logs, key=lambda log: log.path.name):  # by date, so that the newest stays
-        seeds.setdefault((values(log.result, SETTINGS), device(log)), {})[int(log.result['seed'])] = log
-    groups = [(settings, [group[seed] for seed in sorted(group)])
-              for (settings, _), group in sorted(seeds.items())]
-    lines, known = [], [values(row, SETTINGS) for row in reference]
-    for row in reference:
-        lines += [(row, group) for key, group in groups if key == values(row, SETTINGS)] or [(row, [])]
-    for settings, group in groups:
-        if settings not in known:
-            row = dict.fromkeys(reference[0], '') | dict(zip(SETTINGS, settings, strict=True))
-            lines.append((row | {'params': group[0].result['params']}, group))
-    return lines
+def make_lines(reference, logs):
+    """([(row, runs or [])] of all rows in their order, [(header, runs)] of finished runs without a row)."""
+    finished = {values(log.header, (*SETTINGS, 'seed')) for log in logs if log.result}
+    newest, groups, lines, others = {}, {}, {i: [] for i in range(len(reference))}, []
+    for log in sorted(logs, key=lambda log: log.path.name):  # by date
+        run = values(log.header, (*SETTINGS, 'seed'))
+        if log.result or run not in finished:
+            newest[run, log.result and log.devices] = log
+    for (run, devices), log in sorted(newest.items(), key=lambda item: int(item[0][0][-1])):  # by seed
+        groups.setdefault((run[:-1], devices) if log.result else run, []).append(log)  # one stopped is alone
+    for runs in groups.values():
+        header = runs[0].header
+        fits = [i for i, row in enumerate(reference) if values(row, SCHEDULE) == values(header, SCHEDULE)]
+        precision = 'fp32' if header['precision'] == 'fp32' else 'fp16'
+        for i in [i for i in fits if reference[i]['precision'] == precision] or fits:
+            lines[i].append((reference[i], runs))
+        others += [(header, runs)] if runs[0].result and not fits else []
+    return [line for i, row in enumerate(reference) for line in lines[i] or [(row, [])]], others
 
 
-def mean(key, decimals, factor=1):
-    """A column: mean ± standard deviation over logs. '—' if there are none, '' if one lacks the key."""
-    def cell(row, logs):
-        if not logs:
-            return '—'
-        if not all(key in log.result for log in logs):
-            return ''
-        numbers = [factor * float(log.result[key]) for log in logs]
-        spread = f' ± {statistics.stdev(numbers):.{decimals}f}' if len(numbers) > 1 else ''
-        return f'{statistics.fmean(numbers):.{decimals}f}{spread}'
-    return cell
+def compare(row, runs):
+    """(training loss, reference / ours, at the last update that both logs have; ours over theirs at all)."""
+    last, ratios = [], []
+    for log in runs:
+        common = [(row['curve'][point['iter']]['trn_loss'], point['trn_loss'])
+                  for point in log.rows
+                  if point['iter'] in row['curve'] and 0 < float(point['trn_loss']) < math.inf]
+        last += common[-1:]
+        ratios += [float(ours) / float(theirs) for theirs, ours in common]
+    return pair(last[0][0], mean([float(ours) for _, ours in last], 4)) if last else '', ratios
 
 
-def script(row, logs):
-    name = f'{row["dataset"].lower()}.py'
-    return f'[{name}]({name})' if (ROOT / name).exists() else name
+def mean_ratio(row, runs):
+    return statistics.geometric_mean(compare(row, runs)[1])
 
 
-def links(row, logs):
-    return ' '.join(f'[{log.result["seed"]}]({"/".join(log.path.parts[-5:])})' for log in logs) or '—'
+# ---- tables and sentences ----
+
+def mean(numbers, decimals):
+    spread = f' ± {statistics.stdev(numbers):.{decimals}f}' if len(numbers) > 1 else ''
+    return f'{statistics.fmean(numbers):.{decimals}f}{spread}'
 
 
-FIGURES = {'val': ('val_acc', 4), 'tst': ('tst_acc', 4), 'tst nll': ('tst_nll', 4), 'IN': ('in_acc', 4),
-           'IN-V2': ('inv2_acc', 4), 'iter/min': ('iter_per_min', 0)}  # what the reference has, too
-CELL = {  # title of a column -> function of a line
-    'script': script,
-    'data set': lambda row, logs: row['dataset'],
-    'net': lambda row, logs: f'R{row["depth"]}x{row["width"]}',
-    'params': lambda row, logs: f'{int(row["params"]) / 1e6:.2f} M',
-    'precision': lambda row, logs: row['precision'],
-    **{key: lambda row, logs, key=key: row[key] for key in ('batch', 'lr', 'wd')},
-    'updates': lambda row, logs: row['iters'],
-    **{title: mean(*figure) for title, figure in FIGURES.items()},
-    **{f'ref. {title}': lambda row, logs, key=key: row[key] for title, (key, _) in FIGURES.items()},
-    'minutes': mean('hours', 1, factor=60),
-    'img/s': mean('img_per_s', 0),
-    'ref. device': lambda row, logs: row['hardware'],
-    'device': lambda row, logs: device(logs[0]) if logs else '—',
-    'n': lambda row, logs: str(len(logs)),
-    'logs by seed': links,
-}
+def ours(runs, key, decimals=4):
+    """Mean ± standard deviation of a figure of RESULT lines, '' if there are none or one lacks it."""
+    figures = [(log.result or {}).get(key) for log in runs]
+    return mean([float(figure) for figure in figures], decimals) if figures and all(figures) else ''
 
 
-def markdown(titles, lines):
-    cells = [titles, ['-'] * len(titles), *([CELL[title](*line) for title in titles] for line in lines)]
-    return ''.join(f'| {" | ".join(texts)} |\n' for texts in cells)
+def pair(theirs, ours):
+    """The reference's figure and, in bold type, ours, as far as there are any."""
+    return ' / '.join(filter(None, [theirs, ours and f'**{ours}**']))
 
 
-def make_tables(reference, logs):
-    """Markdown for the two places in README.md: {'headline': ..., 'results': ...}.
-
-    The headline has the row of each data set with the highest reference accuracy, among those run if any was.
-    """
-    lines, headline, results, others = pair_up(reference, logs), [], '', []
-    for dataset in dict.fromkeys(row['dataset'] for row in reference):
-        rows = [row for row in reference if row['dataset'] == dataset]
-        schedules, usual = {values(row, SCHEDULE) for row in rows}, []
-        for row, group in lines:
-            if row['dataset'] == dataset:
-                (usual if values(row, SCHEDULE) in schedules else others).append((row, group))
-        headline.append(max((line for line in usual if line[0] in rows),
-                            key=lambda line: (line[1] != [], float(line[0]['val_acc']), len(line[1]))))
-        titles = ['net', 'params', 'precision', *['batch'] * (len({row['batch'] for row in rows}) > 1)]
-        for title, (key, _) in FIGURES.items():
-            titles += [f'ref. {title}', title] if any(row[key] for row in rows) else []
-        titles += ['ref. device', 'device', 'n', 'logs by seed']
-        results += f'### {dataset}\n\n{markdown(titles, usual)}\n'
-    if others:
-        titles = ('data set', 'net', 'precision', 'batch', 'updates', 'lr', 'wd', 'val', 'tst', 'minutes',
-                  'img/s', 'device', 'n', 'logs by seed')
-        results += f'### Shorter runs and other settings\n\n{markdown(titles, others)}'
-    titles = ('script', 'net', 'params', 'precision', 'ref. val', 'val', 'ref. tst', 'tst', 'minutes',
-              'device', 'logs by seed')
-    return dict(headline=markdown(titles, headline), results=results)
+def named(keys, figure):
+    return ', '.join(f'{name} {figure(key)}' for name, key in keys.items() if figure(key))
 
 
-@functools.lru_cache
-def cost_table(bench):
-    """Markdown for what nets cost, the first one as the unit, from the text that bench.py --ours printed."""
-    pattern = r' *(\d+)x(\d+) +(\d+) +(\d+) +ours +\w+ +(\d+) +(\d+) +\S+ +\S+ +(\d+) +(\d+)\s*'
-    table = [match.groups() for match in map(re.compile(pattern).fullmatch, bench.splitlines()) if match]
-    if not table:
-        raise UserError('logs/bench.txt has no line of a net: it is made by python logs/bench.py --ours')
-    units, lines = [], ''
-    for depth, width, px, batch, iter_per_min, img_per_s, memory, limit in table:
-        with torch.device('meta'):
-            net = ResNet(int(depth), int(width), int(px), 1000, (0.5,) * 3, (0.5,) * 3)
-        rate = float(img_per_s)
-        if int(iter_per_min) > rate:  # both are rounded: the larger one has more digits
-            rate = int(iter_per_min) * int(batch) / 60
-        costs = multiply_adds(net, int(px)) / 1e6, 1 / rate
-        units = units or costs
-        lines += (f'| R{depth}x{width} | {px} | {batch} | {costs[0]:.0f} | {costs[0] / units[0]:.1f} '
-                  f'| {costs[1] / units[1]:.1f} | {iter_per_min} | {img_per_s} | {int(memory) / 1000:.1f} '
-                  f'| {limit} % |\n')
-    titles = ('net', 'px', 'batch', 'multiply-adds, M', 'relative', 'time per image, relative', 'iter/min',
-              'img/s', 'memory, GB', 'of the matrix rate')
-    return (f'| {" | ".join(titles)} |\n|{" - |" * len(titles)}\n{lines}\n'
-            f'[logs/bench.txt](logs/bench.txt): {bench.splitlines()[0]}.')
+def net(row):
+    return f'R{row["depth"]}x{row["width"]}'
 
 
-# ---- README.md ----
-
-def put(readme, name, text):
-    """A README with `text` between the markers called `name`."""
-    start, end = (marker.format(name) for marker in MARKERS)
-    if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
-        raise UserError(f'README.md needs the lines "{start}" and "{end}", each once and in this order.')
-    return f'{readme.split(start)[0]}{start}\n\n{text.strip()}\n\n{end}{readme.split(end)[1]}'
+def links(runs, file=lambda log: log.path):
+    return ' '.join(f'[{log.header["seed"]}]({"/".join(file(log).parts[-4:])})' for log in runs if file(log))
 
 
-def dead_links(readme, root):
-    """Yields the targets of links that are neither on the web, nor a file, nor a heading of `readme`."""
-    prose = re.sub(r'^```.*?^```$', '', readme, flags=re.M | re.S)
-    anchors = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+def weights(log):
+    """Path of the weights of a run, or None if they are not there or too large to be published."""
+    path = log.path.with_suffix('.best.pt')
+    return path if path.exists() and path.stat().st_size <= 5_000_000 else None
+
+
+def markdown(lines):
+    """A table of dicts {title: text}, without the columns that would be empty."""
+    titles = [title for title in (lines or [{}])[0] if any(line[title] for line in lines)]
+    table = [titles, ['-'] * len(titles), *([line[title] for title in titles] for line in lines)]
+    return ''.join(f'| {" | ".join(texts)} |\n' for texts in table)
+
+
+def data_set_table(lines):
+    """What the rows of a data set have in common, in a sentence, then a line for each."""
+    same = [key for key in NAMES if len({row[key] for row, _ in lines}) == 1]
+    sentence = ', '.join(f'{NAMES[key]} {lines[0][0][key]}' for key in same)
+    more = [key for key in ('batch', 'hardware') if key not in same]  # the rest follows the batch
+    return f'{sentence[0].upper()}{sentence[1:]}.\n\n' + markdown([{
+        ', '.join(['net, parameters', *(NAMES[key] for key in more)]):
+            ', '.join([net(row), f'{row["params_m"]}M', *values(row, more)]),
+        'precision': pair(row['precision'], runs and runs[0].header['precision']),
+        'val': pair(row['val_acc'], ours(runs, 'val_acc')),
+        'tst': pair(row['tst_acc'], ours(runs, 'tst_acc')),
+        'tst nll': pair(row['tst_nll'], ours(runs, 'tst_nll')),
+        'IN': pair(row['in_acc'], row['in_acc'] and ours(runs, 'val_acc')),  # the same images
+        'other test sets': pair(named(TEST_SETS, row.get), named(TEST_SETS, functools.partial(ours, runs))),
+        'updates': pair('', runs and runs[0].rows[-1]['iter']),
+        'trn loss, reference / ours': compare(row, runs)[0],
+        'mean ratio': pair('', compare(row, runs)[0] and f'{mean_ratio(row, runs):.3f}'),
+        'log by seed': links(runs)} for row, runs in lines])
+
+
+def runs_table(lines):
+    """A line for each run, or runs that differ in their seed only; the settings of those without a row."""
+    both, settings = {'val': 'val_acc', 'tst': 'tst_acc'}, '{iters} updates, batch {batch}, lr {lr}, wd {wd}'
+    return markdown([{
+        'data set': row['dataset'],
+        'net': f'{net(row)}, {runs[0].header["precision"]}',
+        'settings': 'curve' not in row and settings.format_map(row) or '',
+        'reference': named(both, row.get),
+        'ours': named(both, functools.partial(ours, runs)),
+        'hours': ours(runs, 'hours', 2),
+        'device': runs[0].devices,
+        'log by seed': links(runs),
+        'weights': links(runs, weights)} for row, runs in lines])
+
+
+def on_finished(row, runs):
+    kind, key = ('test', 'tst_acc') if row['tst_acc'] else ('validation', 'val_acc')
+    off, most = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
+    return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
+            f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the '
+            f'reference {row[key]}; its training loss is within {100 * most:.1f} % of the reference\'s at '
+            f'all {len(runs[0].rows)} rows of their logs, {100 * abs(off):.1f} % '
+            f'{"higher" if off > 0 else "lower"} in the geometric mean.')
+
+
+def on_stopped(lines):
+    means = [mean_ratio(*line) for line in lines]
+    updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
+    return (f'More rows begun: {len(lines)}. Their training losses over the first {min(updates)} to '
+            f'{max(updates)} updates are {min(means):.3f} to {max(means):.3f} times the reference\'s, in the '
+            f'geometric mean of each run.') if lines else ''
+
+
+# ---- pages ----
+
+def make(root):
+    """({page: {name of a place on it: text}}, what is wrong with the logs, in sentences)."""
+    logs = root / 'logs'
+    reference = read_reference(logs)
+    datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
+    good, problems = read_logs(logs, datasets)
+    lines, others = make_lines(reference, good)
+    begun = {runs[0].path: (row, runs) for row, runs in lines[::-1] if runs}  # the first row, if several fit
+    begun = [*begun.values()][::-1]
+    finished = [(row, runs) for row, runs in begun if runs[0].result]
+    stopped = [(row, runs) for row, runs in begun if not runs[0].result and compare(row, runs)[0]]
+    tables = ''
+    for dataset in datasets:
+        mine = [line for line in lines if line[0]['dataset'] == dataset]
+        picture = f'![{dataset}](curves-{dataset}.png)\n\n' if any(runs for _, runs in mine) else ''
+        tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
+    published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
+    full = [line for line in finished if compare(*line)[1]]
+    return {
+        'README.md': {'headline': on_finished(*full[0]) if full else '',
+                      'results': f'{runs_table(finished).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
+        'logs/README.md': {'results': tables, 'others': runs_table(others),
+                           'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
+        '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
+    }, problems
+
+
+def put(page, text, name, new):
+    """The text of a page with `new` between the markers called `name`."""
+    marker = '# {}' if page == '.gitignore' else '<!-- {} -->'
+    start, end = map(marker.format, (f'{name}: made by python logs/table.py --write', f'end of {name}'))
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise UserError(f'{page} needs the lines "{start}" and "{end}", each once and in this order.')
+    return text.split(start)[0] + '\n'.join(filter(None, [start, new.strip(), end])) + text.split(end)[1]
+
+
+def dead_links(path):
+    """Yields the targets of links on a page that are neither on the web, nor a file, nor a heading of it."""
+    prose = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.M | re.S)
+    anchors = ['#' + re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
                for heading in re.findall(r'^#+ (.*)', prose, re.M)]
     for target in re.findall(r'\]\(([^)\s]+)\)', prose):
-        file, _, anchor = target.partition('#')
-        if not re.match(r'\w+:', target) and not ((root / file).exists() if file else anchor in anchors):
+        if not re.match(r'\w+:', target) and target not in anchors and not (path.parent / target).exists():
             yield target
 
 
-def make(root):
-    """(tables for README.md as in `make_tables`, and costs; what is wrong with the logs, in sentences)."""
-    reference = list(csv.DictReader((root / 'logs' / 'reference.csv').read_text().splitlines()))
-    logs, problems = read_finished(root / 'logs', {row['dataset'] for row in reference})
-    bench = (root / 'logs' / 'bench.txt').read_text(encoding='utf-8')
-    return make_tables(reference, logs) | {'costs': cost_table(bench)}, problems
-
-
 def check(root, write=False):
-    """What is wrong under `root` with logs, and with tables and links of README.md, as a list of sentences.
+    """What is wrong under `root` with logs, and with tables and links of the pages, as a list of sentences.
 
     `write` puts the tables right first, unless something is wrong with the logs.
     """
-    tables, problems = make(root)
-    path, temporary = root / 'README.md', root / 'README.tmp'
-    readme = current = path.read_text(encoding='utf-8')
-    for name, text in tables.items():
-        current = put(current, name, text)
-    if write and not problems:
-        temporary.write_text(current, encoding='utf-8')
-        temporary.replace(path)
-        readme = current
-    for number, (old, new) in enumerate(zip_longest(readme.split('\n'), current.split('\n')), 1):
-        if old != new:
-            problems.append(f'README.md, line {number}, disagrees with the logs. It has\n    {old}\nbut they '
-                            f'give\n    {new}\nRun python logs/table.py --write.')
-            break
-    return problems + [f'README.md: the link {target} is dead.' for target in dead_links(readme, root)]
+    pages, problems = make(root)
+    write = write and not problems
+    for page, places in pages.items():
+        path = root / page
+        old = new = path.read_text(encoding='utf-8')
+        for name, text in places.items():
+            new = put(page, new, name, text)
+        if write:
+            path.write_text(new, encoding='utf-8')
+        elif old != new:
+            diff = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm='')
+            problems.append('\n'.join([f'{page} disagrees with the logs: run python logs/table.py --write.',
+                                       *itertools.islice(diff, 2, 8)]))
+        problems += [f'{page}: the link {target} is dead.' for target in dead_links(path)]
+    return problems
 
 
-# ---- learning curves ----
+# ---- curves ----
 
-def plot(picture, paths):
-    """Draws validation accuracy and training loss of logs, finished or not; the ending says the format."""
+def plot(root):
+    """Draws a picture of every data set that has runs; returns what is wrong with the logs."""
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise UserError('Drawing needs matplotlib: python -m pip install matplotlib') from error
-    logs = [read_log(path) for path in paths]
-    for log in logs:
-        if not log.rows or not {*SETTINGS, 'seed'} <= log.header.keys():
-            raise UserError(f'{log.path} is not a log with rows to draw.')
-    # a run is called by its data set and net, and by what else is not the same for all
-    differing = [key for key in ('precision', *SCHEDULE, 'seed')
-                 if len({log.header[key] for log in logs}) > 1]
-    figure = Figure(figsize=(9, 4), dpi=100, layout='constrained')
-    for axes, key, title in zip(figure.subplots(1, 2), ('val_acc', 'trn_loss'),
-                                ('validation accuracy', 'training loss'), strict=True):
-        for i, log in enumerate(logs):
-            name = '{dataset} {depth}x{width}'.format_map(log.header)
-            axes.plot([int(row['iter']) for row in log.rows], [float(row[key]) for row in log.rows],
-                      label=', '.join([name, *(f'{key} {log.header[key]}' for key in differing)]),
-                      color=colormaps['viridis'](0.8 * i / len(logs)),
-                      linestyle=('-', '--', '-.', ':')[i % 4],
-                      marker='osD^vX'[i % 6], markersize=5, markevery=max(1, len(log.rows) // 10))
-        axes.set(xlabel='updates', title=title)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=2)
-    temporary = picture.with_name(f'{picture.name}.tmp')
-    try:
-        figure.savefig(temporary, format=picture.suffix[1:])
-        temporary.replace(picture)
-    except ValueError as error:  # an unknown format
-        raise UserError(f'{picture}: {error}') from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    reference = read_reference(root / 'logs')
+    logs, problems = read_logs(root / 'logs', {row['dataset'] for row in reference})
+    lines = [(row, runs) for row, runs in make_lines(reference, logs)[0] if runs]
+    for dataset in {row['dataset'] for row, _ in lines}:
+        figure = Figure(figsize=(7.5, 4.3), dpi=140, layout='constrained')
+        panels = ('training loss', 'trn_loss', 'log'), ('validation accuracy', 'val_acc', 'linear')
+        for axes, (title, key, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+            colors = {}
+            for row, runs in [line for line in lines if line[0]['dataset'] == dataset]:
+                color = colors.setdefault(net(row), f'C{len(colors)}')
+                for rows, style in [(row['curve'].values(), ':'), *((log.rows, '.-') for log in runs)]:
+                    axes.plot([int(row['iter']) for row in rows], [float(row[key]) for row in rows], style,
+                              color=color, linewidth=1.1 if style == ':' else 1.6)
+            axes.set(title=title, xlabel='updates', xscale='log', yscale=scale)
+            for axis in (axes.xaxis, axes.yaxis) if scale == 'log' else (axes.xaxis,):
+                axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                         major_formatter='{x:g}')
+            axes.grid(alpha=0.3)
+        for name, color in colors.items():
+            axes.plot([], color=color, label=name)
+        figure.legend(loc='outside lower center', ncols=4)
+        figure.suptitle(f'{dataset}: ours solid, the reference dotted')
+        figure.savefig(root / 'logs' / f'curves-{dataset}.png', metadata={'Software': None})
+    return problems
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument('--write', action='store_true', help='put the tables into README.md')
-    task.add_argument('--check', action='store_true', help='say what is wrong, and exit with 1')
-    task.add_argument('--plot', type=Path, metavar='PICTURE', help='draw the learning curves of LOG...')
-    parser.add_argument('logs', type=Path, nargs='*', metavar='LOG')
-    args = parser.parse_args()
-    if bool(args.plot) != bool(args.logs):
-        raise UserError('To draw, name a picture and logs: python logs/table.py --plot out.png LOG...')
-    if args.plot:
-        plot(args.plot, args.logs)
-        return
-    if args.write or args.check:
-        problems = check(ROOT, args.write)
-    else:
-        tables, problems = make(ROOT)
-        print(*tables.values(), sep='\n')
+    match sys.argv[1:]:
+        case []:
+            pages, problems = make(ROOT)
+            print(*(text for places in pages.values() for text in places.values()), sep='\n')
+        case ['--write' | '--check' as task]:
+            problems = check(ROOT, write=task == '--write')
+        case ['--plot']:
+            problems = plot(ROOT)
+        case _:
+            sys.exit(__doc__)
     if problems:
         sys.exit('\n'.join(problems))
 
