@@ -464,7 +464,7 @@ def read_file(path):
             reason = error.strerror
         elif path.suffix == '.safetensors':
             reason = 'a safetensors file: safetensors.torch.load_file reads it, torch.save makes one for us'
-        elif 'Unsupported global' in str(error):
+        elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
 
