@@ -550,7 +550,7 @@ def plain_errors():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # a path may hold what the terminal cannot show
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # stderr may be closed, or no file
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or no file
         faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
     try:
         yield
