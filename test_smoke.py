@@ -272,7 +272,8 @@ def test_parameter_counts_of_all_reference_rows():
 def test_torchvision_weights_both_ways(name):
     from torchvision.models import get_model
     depth, width = re.search(r'resnet(\d+)_?(\d*)', name).groups()
-    theirs, ours = get_model(name), resnet.ResNet(int(depth), int(width or 1), 224, 1000, **data.IMAGENET_PIXELS)
+    theirs = get_model(name)
+    ours = resnet.ResNet(int(depth), int(width or 1), 224, 1000, **data.IMAGENET_PIXELS)
     for tensor in theirs.state_dict().values():  # running statistics and biases too: none may be left out
         if tensor.is_floating_point() and tensor.ndim == 1:
             tensor.uniform_(0.4, 0.6)
