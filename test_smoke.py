@@ -1447,6 +1447,15 @@ def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     assert process.exitcode == 0
 
 
+def test_a_run_is_resumed_by_one_process_at_a_time(trial):
+    def another():
+        with pytest.raises(data.UserError, match='is being written by another process'):
+            runs.open_log(trial.log.parent, resume=True)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        trial.main(at={1: another})
+
+
 # ---- runs: several ranks ----
 
 def rank_1(process):

@@ -457,7 +457,9 @@ def read_file(path):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
             raise ValueError('a CRC differs')
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a pickle's protocol: what can be said follows in a sentence
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = 'damaged, or another kind of file'
         if isinstance(error, OSError):
