@@ -2006,12 +2006,13 @@ def fuzz(count, folder, seed):
     return counts
 
 
-def test_damaged_files_are_refused(tmp_path, monkeypatch):
+def test_damaged_files_are_refused(tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.chdir(tmp_path)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for kind, outcomes in fuzz(25, tmp_path, seed=0).items():
         assert outcomes['refused'] > 5, kind
+    assert not any('pickle' in str(warning.message) for warning in recwarn)  # a sentence is enough
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10 ** 6  # kB
 
 
