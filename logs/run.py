@@ -452,7 +452,9 @@ def read_checkpoint(path, config, *parts):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
             raise ValueError('a CRC differs')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a pickle's protocol: what can be said follows in a sentence
+            state = torch.load(path, map_location='cpu', weights_only=True)
         theirs = dict(state.get('config', config))
         state |= {part: state[part] for part in parts}
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
@@ -461,7 +463,7 @@ def read_checkpoint(path, config, *parts):
             reason = error.strerror
         elif path.suffix == '.safetensors':
             reason = 'safetensors.torch.load_file reads such a file: save what it gives with torch.save'
-        elif 'Unsupported global' in str(error):
+        elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
     for key, value in config.items():
@@ -532,7 +534,7 @@ def plain_errors():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # a path may hold what the terminal cannot show
-    with contextlib.suppress(Exception):  # stderr may be closed, or no file
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or no file
         faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
     try:
         yield
