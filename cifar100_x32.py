@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from logs.run import Run, Stopped, evaluation_lines, load_weights, plain_errors, set_up
+from logs.run import Run, Stopped, check_finite, evaluation_lines, load_weights, plain_errors, set_up
 from resnet import STAGES, ResNet, parameters
 
 # ---- recipe: the only lines that differ between the seven scripts ----
@@ -152,8 +152,6 @@ def main():
         if ranks.rank == 0:
             print(evaluation_lines(results, evals), end='')
         return
-    if trn.per_epoch == 0:
-        raise data.UserError(f'--batch {args.batch} is more than the {len(trn)} training images.')
 
     # a new run, or the newest unfinished one from its last checkpoint on
     it = row_it = best_it = 0  # updates done, at the last row, and at the best validation accuracy
@@ -193,13 +191,7 @@ def main():
                 with run.not_training('evaluating'):
                     average_running_statistics(net, ranks)
                     val_acc, val_nll = evaluate(net, evl_forward, evals['val'], ranks)
-                # an update that fp16 skips may have had an infinite loss
-                diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
-                if diverged or scaler.get_scale() < 1:  # below 1 the gradients overflow fp16 by themselves
-                    raise FloatingPointError(
-                        f'the loss or its gradients were not finite in updates {row_it} to {it} '
-                        f'(loss scale {scaler.get_scale():g}): try a smaller --lr, or --precision bf16.'
-                        + f' The checkpoint of update {row_it} is good.' * (row_it > 0))
+                check_finite(loss, skipped, val_nll, scaler.get_scale(), row_it, it)
                 is_best = val_acc > best_acc
                 if is_best:
                     best_it, best_acc, best_nll = it, val_acc, val_nll

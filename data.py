@@ -933,8 +933,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     Raises:
-        UserError: when the files are missing, damaged or not those of this set, val has classes that the
-        training images lack, or the labels are not those of weights that were trained elsewhere.
+        UserError: when the files are missing, damaged or not those of this set, a batch is more than there
+        is, val has classes that the training images lack, or the labels are not those of given weights.
     """
     facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
     if name == 'imagenet2012' and not synthetic:
@@ -971,6 +971,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     for key in evals:
         if not len(evals[key]):
             raise UserError(f'{data_dir} has no images of {name} for {key}.')
+    if not trained_elsewhere and not trn.per_epoch:
+        raise UserError(f'--batch {batch} is more than the {len(trn)} training images.')
     if trained_elsewhere and known < facts['classes'] and not synthetic:
         raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
                         'tells the order of all: their labels may not be those of given weights. For '

@@ -2278,7 +2278,7 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
         (['--batch', 10, '--accum', 3], {}, ['--batch 10 is not divisible', '3 passes']),
         ([], dict(WORLD_SIZE='2'), ['RANK, LOCAL_RANK and WORLD_SIZE', 'torchrun']),
         ([], dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='two'), ['not a number', 'torchrun']),
-        ([], dict(SLURM_STEP_NUM_TASKS='8'), ['srun has started 8 copies', 'torchrun']),
+        ([], dict(SLURM_STEP_NUM_TASKS='8'), ['SLURM_STEP_NUM_TASKS=8', 'train alone', 'torchrun']),
         (['--compile', '--accum', 2], cuda_graphs, ['CUDA graphs', 'unset the variable']),
         ([*here, '--eval', whole.path('best'), '--depth', 32], SMALL, ['depth 20', '32']),
         ([*here, '--eval', text], SMALL, ['as a checkpoint', 'another kind of file']),

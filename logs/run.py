@@ -462,7 +462,7 @@ def read_checkpoint(path, config, *parts):
         if isinstance(error, OSError):
             reason = error.strerror
         elif path.suffix == '.safetensors':
-            reason = 'safetensors.torch.load_file reads such a file: save what it gives with torch.save'
+            reason = 'a safetensors file: save what safetensors.torch.load_file gives with torch.save'
         elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
@@ -510,6 +510,20 @@ def load_weights(net, path, shape):
 
 
 # ---- errors ----
+
+def check_finite(loss, skipped, val_nll, scale, start, end):
+    """Raises FloatingPointError if training has diverged in the updates from `start` to `end`.
+
+    loss: summed over them. skipped: how many fp16 skipped. val_nll: after them. scale: the loss scale.
+    """
+    # an update that fp16 skips may have had an infinite loss
+    diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
+    if diverged or scale < 1:  # below 1 the gradients overflow fp16 by themselves
+        raise FloatingPointError(
+            f'the loss or its gradients were not finite in updates {start} to {end} (loss scale {scale:g}): '
+            'try a smaller --lr, or --precision bf16.'
+            + f' The checkpoint of update {start} is good.' * (start > 0))
+
 
 def in_plain_words(error):
     """One line for an error that users can do something about; '' for a fault of the program."""
