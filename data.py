@@ -21,10 +21,10 @@ what a list beside the images says.
 """
 import argparse
 import atexit
+import collections
 import contextlib
 import ctypes
 import functools
-import glob
 import importlib
 import io
 import itertools
@@ -33,7 +33,6 @@ import mmap
 import multiprocessing
 import os
 import pickle
-import queue
 import re
 import shutil
 import signal
@@ -57,11 +56,6 @@ from PIL import Image, ImageDraw
 if sys.version_info < (3, 10):
     print(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}.', file=sys.stderr)
     sys.exit(2)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 IMAGENET_PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -133,13 +127,13 @@ def torchvision(module):
 def prepare(name, data_dir):
     """Makes <data_dir>/<name>/ from the official files, downloaded where that is allowed, unless it exists.
 
-    Raises:
-        UserError: when files are missing, incomplete or damaged; says which, and where to get them.
+    Raises UserError when files are missing, incomplete or damaged; says which, and where to get them.
     """
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
     require_folders(data_dir if name == 'imagenet2012' else final)  # there may be a pack of it
+    remove_left_over(data_dir, name)
     if name == 'imagenet2012':
         open_imagenet(data_dir)  # lists its files, once
         return
@@ -172,22 +166,9 @@ def require_folders(*paths):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set.
-
-    Whoever works in it holds a lock on it. One that nobody holds was left over, and is removed.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for old in final.parent.glob(f'{glob.escape(final.name)}.part.*'):
-        if fcntl and (held := lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            os.close(held)
-    held = None
-    while True:
-        folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
-        folder.mkdir()
-        held = fcntl and lock(folder, fcntl.LOCK_SH)
-        if folder.exists():  # or else it was taken for a left over one before the lock
-            break
+    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set."""
+    folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
+    folder.mkdir(parents=True)
     try:
         yield folder
         for file in folder.iterdir():
@@ -200,20 +181,14 @@ def new_folder(final):
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            os.close(held)
 
 
-def lock(folder, how):
-    """A file descriptor that holds a lock (fcntl.LOCK_...) on a folder until closed; None if that fails."""
-    file = None
-    with contextlib.suppress(OSError):  # held by another process, or a file system without locks
-        file = os.open(folder, os.O_RDONLY)
-        fcntl.flock(file, how)
-        return file
-    if file is not None:
-        os.close(file)
-    return None
+def remove_left_over(data_dir, name):
+    """Removes what a killed preparation of a set has left, a day later: none takes so long."""
+    for folder in data_dir.glob(f'{name}*.part.*'):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - folder.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -422,26 +397,25 @@ def write_images(file, size, chunks, total):
         np.lib.format.write_array_header_1_0(out, header | {'shape': (count, size, size, 3)})
 
 
+def on_all_cores(work, count):
+    """Yields work(i) for i below count. Threads: pillow decodes outside of the interpreter lock."""
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for first in range(0, count, 1024):  # or what is not taken yet would fill the memory
+            yield from pool.map(work, range(first, min(first + 1024, count)))
+
+
 def decode_all(read, count, file, size, resize=False):
     """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
 
     resize: to that size, by pillow's box filter; or else images of another size are an error.
     """
-    def work(start):
-        images = []
-        for i in range(start, min(start + 64, count)):
-            encoded, path = read(i)
-            images.append(decode(encoded, path, size if resize else None))
-            if images[-1].shape != (size, size, 3):
-                raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
-        return np.stack(images)
-
-    # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        write_images(file, size, pool.map(work, range(0, count, 64)), count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def work(i):
+        encoded, path = read(i)
+        image = decode(encoded, path, size if resize else None)
+        if image.shape != (size, size, 3):
+            raise UserError(f'{path} has {image.shape[:2]} pixels, not {(size, size)}.')
+        return image[None]
+    write_images(file, size, on_all_cores(work, count), count)
 
 
 def prepare_tiny_imagenet(name, data_dir, folder):
@@ -837,7 +811,7 @@ def pack_imagenet(data_dir, short_side=None):
     if final.exists():
         raise UserError(f'{final} is there already. Delete it to have it made anew.')
 
-    def encode(images, i, side):
+    def encode(images, side, i):
         encoded, path = images.read(i)
         if side is None:
             return encoded.tobytes()
@@ -849,15 +823,14 @@ def pack_imagenet(data_dir, short_side=None):
         return buffer.getvalue()
 
     try:
-        with new_folder(final) as folder, ThreadPoolExecutor(usable_cores()) as pool:
+        with new_folder(final) as folder:
             for part, images in parts.items():
                 progress, starts = Progress(part, len(images)), [0]
-                work = functools.partial(encode, images, side=short_side if part == 'train' else None)
+                work = functools.partial(encode, images, short_side if part == 'train' else None)
                 with open(folder / f'{part}.bin', 'wb') as file:
-                    for first in range(0, len(images), 1024):
-                        for encoded in pool.map(work, range(first, min(first + 1024, len(images)))):
-                            file.write(encoded)
-                            starts.append(starts[-1] + len(encoded))
+                    for encoded in on_all_cores(work, len(images)):
+                        file.write(encoded)
+                        starts.append(starts[-1] + len(encoded))
                         progress(len(starts) - 1)
                 np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
                          wnids=wnids)
@@ -1134,33 +1107,17 @@ class TrainBatches:
 
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
-    ready, closed = queue.Queue(2), threading.Event()
+    def take():
+        return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]
 
-    def put(item):
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    def work():
-        try:
-            for chunk in chunks:
-                if closed.is_set():
-                    return
-                put([t.pin_memory() if torch.cuda.is_available() else t for t in chunk])
-        except BaseException as error:  # handed over to the thread that takes the batches
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    pool, ready = ThreadPoolExecutor(1), collections.deque()
     try:
         while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            while len(ready) < 3:
+                ready.append(pool.submit(take))
+            yield ready.popleft().result()
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
 class EvalBatches:
