@@ -240,26 +240,12 @@ class Progress:
 # ---- preparation: source files, found by name ----
 
 CLASS = r'n\d+|\d+'  # name of a class folder: a wnid or an integer
+IMAGE = r'(?i:[^.].*\.(jpeg|jpg|png))'
 CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in folders
 
 
 def is_image(file):
-    return file.lower().endswith(('.jpeg', '.jpg', '.png')) and not file.startswith('.')
-
-
-def inner(folder):
-    """The folder itself, or the one that it stands for: the only folder in it, if it holds no images."""
-    while folder.is_dir():
-        folders = []
-        for entry in os.scandir(folder):
-            if is_image(entry.name) or re.fullmatch(CLASS, entry.name):
-                return folder
-            if entry.is_dir() and not re.fullmatch(CLUTTER, entry.name):
-                folders.append(entry.name)
-        if len(folders) != 1:
-            break
-        folder = folder / folders[0]
-    return folder
+    return re.fullmatch(IMAGE, file)
 
 
 def find_below(root, pattern):
@@ -337,8 +323,8 @@ def prepare_cifar(name, data_dir, folder):
     """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
     datasets = torchvision('datasets')
     cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
-    archive, source = data_dir / cifar.filename, inner(data_dir / cifar.base_folder)
-    source = source.with_name(cifar.base_folder)
+    archive, source = data_dir / cifar.filename, data_dir / cifar.base_folder
+    source = next(find_below(source, cifar.base_folder), source)  # within a folder of its own name
     files = [(source / file, md5) for file, md5 in (
         *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5']))]
     wrong = [path for path, md5 in [*files, (archive, cifar.tgz_md5)]
@@ -576,8 +562,8 @@ SOURCES = {  # what prepares a set, which names its sources have, and what becom
 # ---- imagenet2012: image files, archives, pack ----
 
 ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
-TRUTH = 'ILSVRC2012_validation_ground_truth.txt'
-LISTS = 'LOC_val_solution.csv', 'meta.mat', TRUTH  # what says the classes of a flat val
+CSV, META, TRUTH = LISTS = (  # what says the classes of a flat val: Kaggle's list, two of the development kit
+    'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
 MEMBERS = (  # of the official archives: which names, and where they go in imagenet2012/
     (r'(n\d{8})_\d+\.JPEG', r'train/\1'), (r'ILSVRC2012_val_\d{8}\.JPEG', 'val'),
     (rf'meta\.mat|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
@@ -614,54 +600,91 @@ class EncodedImages:
 
 
 def list_images(folder, lists=()):
-    """([classes], bytes array of N image files as class/file, int64 array of N: their classes, from 0).
+    """([classes], EncodedImages whose labels are places in them) of the images in a folder, or further below.
 
     A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
-    wnid in an image's name, or what `lists` says (see listed_classes); UserError if none of them says it.
+    wnid in an image's name, or what `lists` says (see read_lists); UserError if none of them says it.
     What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
     """
+    folder = next((path.parent for path in find_below(folder, f'{CLASS}|{IMAGE}')), folder)
     classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
-    modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
+
+    def files(name):
+        return sorted(f.name for f in os.scandir(folder / name) if is_image(f.name))
+    if not classes:
+        names, listed = files('.'), read_lists(lists)[0]
+        wnids = [class_of(name, listed) for name in names]
+        if None in wnids:
+            raise UserError(f'{folder} has no class folders, and nothing says the class of '
+                            f'{names[wnids.index(None)]}. For the val of imagenet2012, put {ARCHIVES[2]} '
+                            f'beside it and run python data.py unpack imagenet2012, or put {CSV} there.')
+        classes, labels = np.unique(wnids, return_inverse=True)
+        names = np.array([os.fsencode(name) for name in names], np.bytes_)
+        return classes.tolist(), EncodedImages(folder, names, labels)
+
+    modified = np.array([(folder / name).stat().st_mtime_ns for name in classes], np.int64)
     index = folder.with_name(f'{folder.name}-index.npz')
     with contextlib.suppress(Exception):  # whatever is wrong with it: the folders are read again
         with np.load(index) as kept:
             if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
-                return classes, kept['names'], np.repeat(np.arange(len(classes)), kept['counts'])
-
-    def files(name):
-        return sorted(f.name for f in os.scandir(folder / name) if is_image(f.name))
+                labels = np.repeat(np.arange(len(classes)), kept['counts'])
+                return classes, EncodedImages(folder, kept['names'], labels)
     with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
-        found = list(pool.map(files, classes or ['']))
-    paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
-    names = np.array([os.fsencode(path) for path in paths], np.bytes_)
-    if not classes:
-        classes, which = classes_by_name(folder, found[0], lists)
-        return classes, names, which
-    counts = np.array([len(fs) for fs in found])
+        found = list(pool.map(files, classes))
+    names = np.array([os.fsencode(f'{name}/{file}') for name, names in zip(classes, found, strict=True)
+                      for file in names], np.bytes_)
+    counts = np.array([len(names) for names in found])
     with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
         np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
-    return classes, names, np.repeat(np.arange(len(counts)), counts)
+    return classes, EncodedImages(folder, names, np.repeat(np.arange(len(classes)), counts))
 
 
-def open_folder(folder, listed, wnids, class_count, image_count):
-    """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
+def read_lists(lists):
+    """({image's file name without its ending: wnid}, all 1000 wnids or none) by the csv or the official kit.
 
-    listed: what list_images(folder) gave. Raises UserError for an unknown class or another count.
+    The kit's ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of
+    128 bytes, a tag of 8 and compressed data.
     """
-    names, files, which = listed
+    wnids, listed = [], {}
+    if META in lists:
+        try:
+            meta = lists[META].read_bytes()
+            if meta[128] == 15:  # miCOMPRESSED
+                meta = zlib.decompress(meta[136:])
+        except (OSError, IndexError, zlib.error) as error:
+            raise UserError(f'{lists[META]} cannot be read ({error}). Delete it, put {ARCHIVES[2]} there '
+                            'and run python data.py unpack imagenet2012.') from error
+        found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
+        wnids = [wnid.decode() for wnid in found[:SETS['imagenet2012']['classes']]]
+    if TRUTH in lists:
+        ids = enumerate(lists[TRUTH].read_text('utf-8', 'replace').split(), 1)
+        listed = {f'ILSVRC2012_val_{i:08}': wnids[int(n) - 1] for i, n in ids
+                  if n.isdecimal() and 0 < int(n) <= len(wnids)}
+    if CSV in lists:
+        listed = parse_list(lists[CSV].read_bytes())
+    orders = (order for order in (wnids, {*listed.values()}) if len(order) == SETS['imagenet2012']['classes'])
+    return listed, next(orders, ())
+
+
+def label_images(classes, images, wnids, class_count, image_count):
+    """EncodedImages as list_images gave them, labelled by their class: an integer, or its place in `wnids`.
+
+    Raises UserError for an unknown class or another count.
+    """
     place = {wnid: i for i, wnid in enumerate(wnids)}
-    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
-    unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
-    if len(wnids) < SETS['imagenet2012']['classes'] and any(name.isdigit() for name in names):
-        unknown = unknown or names
+    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in classes]
+    complete = len(wnids) == SETS['imagenet2012']['classes']  # or else integers mean nothing
+    unknown = [name for name, label in zip(classes, labels, strict=True)
+               if not 0 <= label < len(wnids) or (name.isdigit() and not complete)]
     if unknown:
-        raise UserError(f'{folder}: {unknown[0]} is not one of the {len(wnids)} classes of imagenet2012/.')
-    if (len(names), len(files)) != (class_count, image_count) and not incomplete_allowed():
-        raise UserError(f'{folder} holds {len(files)} of {image_count} images, in {len(names)} of '
+        raise UserError(f'{images.path}: {unknown[0]} is not one of the {len(wnids)} classes of '
+                        'imagenet2012/.')
+    if (len(classes), len(images)) != (class_count, image_count) and not incomplete_allowed():
+        raise UserError(f'{images.path} holds {len(images)} of {image_count} images, in {len(classes)} of '
                         f'{class_count} classes. Unpack its archive again (for imagenet2012, python data.py '
                         'unpack imagenet2012 adds what is missing; delete what does not belong there), or '
                         f'accept a part with {INCOMPLETE}=1.')
-    return EncodedImages(folder, files, np.array(labels, np.int64)[which])
+    return EncodedImages(images.path, images.names, np.array(labels, np.int64)[images.labels])
 
 
 def open_imagenet(data_dir, packed=True):
@@ -669,87 +692,40 @@ def open_imagenet(data_dir, packed=True):
 
     The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
     ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
-
-    Raises:
-        UserError: when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
+    Raises UserError when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
     """
     root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
     if packed and pack.is_dir():
         return open_pack(pack)
     require_folders(root / 'train', root / 'val')
     beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
-    found = [*find_below(root, '|'.join(map(re.escape, ('train', 'val', *LISTS)))),
+    lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
              *(folder / name for folder in beside for name in LISTS)]
-    lists = {path.name: path for path in reversed(found) if path.is_file()}
-    folders, listed = {}, {}
-    for path in filter(Path.is_dir, found):
-        if path.name not in listed and len((images := list_images(inner(path), lists))[1]):
-            folders[path.name], listed[path.name] = inner(path), images
-    if not listed or (len(listed) < 2 and not incomplete_allowed()):
-        missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
-        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) '
-                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
-                        f'or try the script with --synthetic. (For --eval, val and {INCOMPLETE}=1 will do.)')
-    wnids = class_order([listed[part][0] for part in listed], lists)
-    if len(wnids) != facts['classes'] and not incomplete_allowed():
-        raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
-                        f'{data_dir}, python data.py unpack imagenet2012 adds what is missing; delete what '
-                        'does not belong there.')
-    parts = {part: EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
-             for part in ('train', 'val')}
-    for part in listed:
-        parts[part] = open_folder(folders[part], listed[part], wnids, facts['classes'], facts[part])
-    which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
+    lists = {path.name: path for path in reversed(lists) if path.is_file()}
+    none = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
+    parts = {'train': ([], none), 'val': ([], none)}
+    for path in filter(Path.is_dir, find_below(root, 'train|val')):
+        if not len(parts[path.name][1]):  # the first that has images
+            parts[path.name] = list_images(path, lists)
+    missing = [part for part, (_, images) in parts.items() if not len(images)]
+    if len(missing) == 2 or (missing and not incomplete_allowed()):
+        raise UserError(f'{root} needs {"/ and ".join(missing)}/ with images: put {", ".join(ARCHIVES)} '
+                        f'(image-net.org) into {data_dir} and run python data.py unpack imagenet2012 '
+                        f'--data-dir {data_dir}, or try the script with --synthetic. (For --eval, val and '
+                        f'{INCOMPLETE}=1 will do.)')
+    found = [classes for classes, _ in parts.values()]
+    complete = next((classes for classes in found if len(classes) == facts['classes']), ())
+    wnids = sorted(complete or read_lists(lists)[1] or set().union(*found))
+    which = 'the sorted wnids'
+    if len(wnids) != facts['classes']:
+        if not incomplete_allowed():
+            raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} '
+                            f'in {data_dir}, python data.py unpack imagenet2012 adds what is missing; delete '
+                            'what does not belong there.')
+        which = f'the {len(wnids)} sorted wnids found'
+    parts = {part: label_images(*listed, wnids, facts['classes'], facts[part])
+             for part, listed in parts.items()}
     return parts, wnids, f'imagenet2012, classes are {which}'
-
-
-def classes_by_name(folder, names, lists):
-    """([wnids], int64 array: the place of each image's wnid in them), by the file names, or the lists."""
-    wnids = [class_of(name, {}) for name in names]
-    if None in wnids:
-        listed = listed_classes(lists)
-        wnids = [wnid or class_of(name, listed) for name, wnid in zip(names, wnids, strict=True)]
-    if None in wnids:
-        raise UserError(f'{folder} has no class folders, and nothing says the class of '
-                        f'{names[wnids.index(None)]}. For the val of imagenet2012, put {ARCHIVES[2]} beside '
-                        f'it and run python data.py unpack imagenet2012, or put {LISTS[0]} there.')
-    classes, which = np.unique(wnids, return_inverse=True)
-    return classes.tolist(), which
-
-
-def listed_classes(lists):
-    """{image's file name without its ending: wnid}, from the csv, or else from the development kit."""
-    if LISTS[0] in lists:
-        return parse_list(lists[LISTS[0]].read_bytes())
-    if TRUTH not in lists or 'meta.mat' not in lists:
-        return {}
-    wnids, ids = kit_wnids(lists), lists[TRUTH].read_text('utf-8', 'replace').split()
-    return {f'ILSVRC2012_val_{i + 1:08}': wnids[int(n) - 1] for i, n in enumerate(ids)
-            if n.isdigit() and 0 < int(n) <= len(wnids)}
-
-
-def kit_wnids(lists):
-    """The 1000 wnids in the order of the development kit's ids, which start at 1.
-
-    Its meta.mat is a MATLAB 5 file: a header of 128 bytes, then a tag of 8 and compressed data.
-    """
-    try:
-        meta = lists['meta.mat'].read_bytes()
-        if meta[128] == 15:  # miCOMPRESSED
-            meta = zlib.decompress(meta[136:])
-    except (OSError, IndexError, zlib.error) as error:
-        raise UserError(f'{lists["meta.mat"]} cannot be read ({error}). Delete it, put {ARCHIVES[2]} there '
-                        'and run python data.py unpack imagenet2012.') from error
-    found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
-    return [wnid.decode() for wnid in found[:SETS['imagenet2012']['classes']]]
-
-
-def class_order(found, lists):
-    """All 1000 wnids, sorted, where the classes found or the lists have them; else those found."""
-    full = SETS['imagenet2012']['classes']
-    if not any(len(classes) == full for classes in found):
-        found = found + [kit_wnids(lists) if 'meta.mat' in lists else [], set(listed_classes(lists).values())]
-    return sorted(next((classes for classes in found if len(classes) == full), set().union(*found[:2])))
 
 
 def unpack_imagenet(data_dir):
@@ -913,13 +889,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     if name == 'imagenet2012' and not synthetic:
         parts, wnids, about = open_imagenet(data_dir)
         train, held_out, known = parts['train'], {'val': parts['val']}, len(wnids)
-        for key, (folder, *expected) in IMAGENET_TESTS.items():
-            try:
-                if (data_dir / folder).is_dir():
-                    held_out[key] = open_test_set(data_dir / folder, wnids, *expected)
-            except (UserError, OSError) as error:  # no reason not to train
-                if rank == 0:
-                    print(f'{key} is left out: {error}', file=sys.stderr)
+        held_out |= open_test_sets(data_dir, wnids, say=rank == 0)
         about += f', decoded by {jpeg_decoder()[0]}'
         shared = device, default_workers() if workers is None else workers, rank, world
         trn = JpegTrainBatches(train, batch, seed, *shared)
@@ -961,13 +931,20 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     return trn, evals, about
 
 
-def open_test_set(folder, wnids, class_count, image_count):
-    """EncodedImages of one of IMAGENET_TESTS. Raises UserError if it is not complete."""
-    folder = inner(folder)
-    listed = list_images(folder)
-    if not len(listed[1]):
-        raise UserError(f'{folder} has no images.')
-    return open_folder(folder, listed, wnids, class_count, image_count)
+def open_test_sets(data_dir, wnids, say):
+    """{name: EncodedImages} of the IMAGENET_TESTS that are there; says which cannot be read, and why."""
+    found = {}
+    for name, (folder, *counts) in IMAGENET_TESTS.items():
+        try:
+            if (data_dir / folder).is_dir():
+                classes, images = list_images(data_dir / folder)
+                if not len(images):
+                    raise UserError(f'{images.path} has no images.')
+                found[name] = label_images(classes, images, wnids, *counts)
+        except (UserError, OSError) as error:  # no reason not to train
+            if say:
+                print(f'{name} is left out: {error}', file=sys.stderr)
+    return found
 
 
 def synthetic_arrays(name, batch):

@@ -907,10 +907,10 @@ def test_test_sets_of_imagenet(imagenet, monkeypatch):
     assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
     folder = imagenet / 'imagenet-r'
     with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS[:2], 200, 30000)
+        data.label_images(*data.list_images(folder), WNIDS[:2], 200, 30000)
     monkeypatch.delenv(data.INCOMPLETE)
     with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS, 200, 30000)
+        data.label_images(*data.list_images(folder), WNIDS, 200, 30000)
 
 
 def kaggle(files, csv, home=''):
@@ -1054,10 +1054,11 @@ def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
 
 def test_the_list_of_files_follows_the_folders(tmp_path):
     class_folders(tmp_path / 'train', WNIDS[:2], 2)
-    before = data.list_images(tmp_path / 'train')
+    classes, images = data.list_images(tmp_path / 'train')
     assert (tmp_path / 'train-index.npz').exists()
-    for a, b in zip(before, data.list_images(tmp_path / 'train'), strict=True):
-        assert np.array_equal(a, b)
+    classes_again, again = data.list_images(tmp_path / 'train')
+    assert classes_again == classes and np.array_equal(again.names, images.names)
+    assert again.path == images.path and np.array_equal(again.labels, images.labels)
     (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
     assert len(data.list_images(tmp_path / 'train')[1]) == 5
     (tmp_path / 'train-index.npz').write_bytes(b'damaged')
