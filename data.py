@@ -8,20 +8,18 @@
     python data.py pack imagenet2012 --as-is             or with the original bytes
 
 All take --data-dir (default: datasets). A prepared set is a folder <NAME>/ with {train,test}_images.npy
-(uint8, N x S x S x 3) and {train,test}_labels.npy (int64, N): four such files of your own are used as they
-are. Beside them classes.txt (a name per line) and about.txt (where the arrays came from) are optional.
+(uint8, N x S x S x 3) and {train,test}_labels.npy (int64, N); four such files of your own are used as they
+are. classes.txt (a name per line) and about.txt (where the arrays came from) beside them are optional.
 imagenet2012 stays in its JPEG files, which worker processes decode while the device computes.
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
 
-Source files are found by their names, wherever they lie; a folder that holds nothing but one folder stands
-for it. The class of an image is that of its class folder, else the wnid (n01440764) in its file name, else
-what a list beside the images says.
+Source files are found by their names, in whatever folders they lie. The class of an image is that of its
+class folder, else the wnid (n01440764) in its file name, else what a list beside the images says.
 """
 import argparse
 import atexit
-import collections
 import contextlib
 import ctypes
 import functools
@@ -107,8 +105,8 @@ def usable_cores():
     folders = {CGROUPS, CGROUPS / 'cpu'}  # where a container sees its own limits: of cgroup 2, and 1
     with contextlib.suppress(OSError):  # elsewhere they stand in folders below
         for path in re.findall(r':/(.+)$', Path('/proc/self/cgroup').read_text(), re.MULTILINE):
-            for top in (CGROUPS, CGROUPS / 'cpu'):
-                folders |= {top / path, *(top / parent for parent in Path(path).parents)}
+            for parent in (Path(path), *Path(path).parents):
+                folders |= {CGROUPS / parent, CGROUPS / 'cpu' / parent}
     for folder, files in itertools.product(folders, (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])):
         with contextlib.suppress(OSError, ValueError):  # no such limit, or 'max'
             quota, period = map(int, ' '.join((folder / file).read_text() for file in files).split())
@@ -129,10 +127,7 @@ def torchvision(module):
 # ---- preparation ----
 
 def prepare(name, data_dir):
-    """Makes <data_dir>/<name>/ from the official files, downloaded where that is allowed, unless it exists.
-
-    Raises UserError when files are missing, incomplete or damaged; says which, and where to get them.
-    """
+    """Makes <data_dir>/<name>/ from the official files, downloaded where allowed, unless it exists."""
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
@@ -295,10 +290,6 @@ def read_source(path):
         raise UserError(f'{path} is damaged ({error}). Fetch its archive again.') from error
 
 
-def is_image(file):
-    return re.fullmatch(IMAGE, file)
-
-
 def class_of(path, listed):
     """Class of an image: its nearest class folder, the wnid in its name, or listed[its name]; else None."""
     *folders, file = path.split('/')
@@ -336,9 +327,12 @@ def decode(data, path, box=None):
 
 def on_all_cores(work, items):
     """Yields work(item) for each, in order. Threads: pillow decodes outside of the interpreter lock."""
+    def some(first):
+        return [work(item) for item in items[first:first + 16]]
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for first in range(0, len(items), 1024):  # or what is not taken yet would fill the memory
-            yield from pool.map(work, items[first:first + 1024])
+        for first in range(0, len(items), 2048):  # or what is not taken yet would fill the memory
+            for results in pool.map(some, range(first, min(first + 2048, len(items)), 16)):
+                yield from results
 
 
 def decode_all(read, items, file, size, resize=False):
@@ -418,16 +412,16 @@ def prepare_tiny_imagenet(name, data_dir, folder):
     root = next(iter(sources(name, data_dir)), None) or download_tiny_imagenet(data_dir, folder)
     files = files_of(root)
     texts = {path.rsplit('/', 1)[-1]: read_source(files[path]).decode('utf-8', 'replace')
-             for path in files if path.endswith('s.txt')}
+             for path in files if path.endswith(('wnids.txt', 'words.txt', 'val_annotations.txt'))}
     listed = parse_list(texts.get('val_annotations.txt', ''))
     words = dict(re.findall(r'^(n\d+)\t([^\r\n]*)', texts.get('words.txt', ''), re.MULTILINE))
     train, val = {}, {}  # of each file's name: its class and its path
     for path in files:
         *folders, file = path.split('/')
         part = next((folder for folder in folders if folder in ('train', 'val')), None)
-        if part and is_image(file):
+        if part and re.fullmatch(IMAGE, file):
             (train if part == 'train' else val)[file] = class_of(path, listed), files[path]
-    wnids = sorted(texts.get('wnids.txt', '').split() or {wnid for wnid, _ in train.values()})
+    wnids = sorted(texts.get('wnids.txt', '').split() or {wnid for wnid, _ in train.values() if wnid})
     wanted = [f'{wnid}_{i}.JPEG' for wnid in wnids for i in range(500)]
     wanted += [f'val_{i}.JPEG' for i in range(10000)]
     absent = [file for file in wanted if file not in train and file not in val]
@@ -519,8 +513,7 @@ def read_batch(path, size):
 class ArrayUnpickler(pickle._Unpickler):
     """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
 
-    Based on the unpickler that is written in Python, as quick here: a few damaged bytes can make the other
-    one take 64 GB of memory.
+    The base is written in Python, as quick here: damaged bytes can make the other one take 64 GB of memory.
     """
 
     ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
@@ -646,13 +639,82 @@ def pack_imagenet(data_dir, short_side=None):
         raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
 
 
+# ---- opening ----
+
+def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None,
+         trained_elsewhere=False):
+    """Training batches, evaluation sets and origin of a prepared data set.
+
+    Args:
+        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
+        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
+        batches are wanted; arrays that take less than half of a GPU's free memory are put there at once.
+        rank, world: of the processes that train. synthetic: generated images. workers: processes that decode
+        files for this rank; None: as many as it has cores, 0: none. trained_elsewhere: the evaluation sets
+        are for given weights, with which only labels in the order of all classes agree.
+    Returns:
+        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
+        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
+    """
+    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    if name == 'imagenet2012' and not synthetic:
+        parts, wnids, about = open_imagenet(data_dir)
+        parts |= open_test_sets(data_dir, wnids, say=rank == 0)
+        check_parts(name, data_dir, parts, len(wnids), trained_elsewhere)
+        shared = device, default_workers() if workers is None else workers, rank, world
+        trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
+        few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
+        evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
+                 for key, images in parts.items()}
+        return trn, evals, f'{about}, decoded by {jpeg_decoder()[0]}'
+
+    if synthetic:
+        train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
+    else:
+        train, test, about = read_arrays(name, data_dir / name)
+    parts = {'train': train, 'val': test}
+    if facts['test']:
+        n = len(train) * facts['train'] // (facts['train'] + facts['val'])
+        parts = {'train': train.part(slice(n)), 'val': train.part(slice(n, None)), 'tst': test}
+    if not synthetic:
+        known = len(class_names(data_dir / name)) or facts['classes']
+        check_parts(name, data_dir, parts, known, trained_elsewhere)
+    size = sum(t.nbytes for arrays in parts.values() for t in arrays)
+    fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
+    if fits and device.type != 'cpu':  # or else they stay in mapped files
+        parts = {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in parts.items()}
+    trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
+    evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
+    return trn, evals, about
+
+
+def check_parts(name, data_dir, parts, known, trained_elsewhere):
+    """Raises UserError for an evaluation set without images, or whose labels the weights cannot know.
+
+    known: classes whose order is known. Given weights need all; others know those of the training images.
+    """
+    facts, train = SETS[name], parts['train']
+    for key, images in parts.items():
+        if images is not train and not len(images):
+            raise UserError(f'{data_dir} has no images of {name} for {key}.')
+    if trained_elsewhere and known < facts['classes']:
+        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
+                        'tells the order of all: their labels may not be those of given weights. For '
+                        f'imagenet2012, {ADD_KIT}.')
+    # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
+    cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
+    unseen = np.setdiff1d(parts['val'].labels, train.labels)
+    if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
+        remedy = 'Take these out, or add training images.' if not facts['test'] else (
+            'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
+        raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
+                        f'as class {unseen[-1]}. {remedy}')
+
+
 # ---- opening: arrays ----
 
 class Arrays:
-    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or mapped from a file.
-
-    mapped_file: the mmap.mmap that holds the images, if one does.
-    """
+    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or in a mapped_file (mmap)."""
 
     def __init__(self, images, labels, mapped_file=None):
         self.images, self.labels, self.mapped_file = images, labels, mapped_file
@@ -673,10 +735,7 @@ class Arrays:
 
 
 def read_arrays(name, folder, remedy=None):
-    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin).
-
-    Raises UserError for a file that is missing, damaged, or of a wrong shape, type, length or range.
-    """
+    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin)."""
     facts, parts = SETS[name], []
     remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
                         else f'Correct it, or SETS[{name!r}].')
@@ -711,10 +770,7 @@ def read_arrays(name, folder, remedy=None):
 
 
 def synthetic_arrays(name, batch):
-    """Learnable images of a set's size and classes: coarse coloured patterns, one a class, under noise.
-
-    Returns Arrays to train on, at least 5/4 of a batch, and Arrays to test on, as in prepared files.
-    """
+    """Arrays to train on, 5/4 of a batch or more, and to test on: a coloured pattern a class, under noise."""
     facts, rng = SETS[name], np.random.default_rng(0)
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
     patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
@@ -761,7 +817,6 @@ def open_imagenet(data_dir, packed=True):
 
     The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
     ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
-    Raises UserError when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
     """
     root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
     if packed and pack.is_dir():
@@ -802,13 +857,13 @@ def list_images(folder, lists=()):
     classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
     modified = np.array([(folder / name).stat().st_mtime_ns for name in classes], np.int64)
     index = folder.with_name(f'{folder.name}-index.npz')
-    with contextlib.suppress(Exception), np.load(index) as kept:  # or else the folders are read again
+    with contextlib.suppress(Exception), np.load(index) as kept:  # damaged: the folders are read again
         if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
             labels = np.repeat(np.arange(len(classes)), kept['counts'])
             return classes, EncodedImages(folder, kept['names'], labels)
 
     def files(name):
-        return sorted(f'{name}/{f.name}' for f in os.scandir(folder / name) if is_image(f.name))
+        return sorted(f'{name}/{file}' for file in os.listdir(folder / name) if re.fullmatch(IMAGE, file))
     with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
         found = list(pool.map(files, classes or ['.']))
     names = np.array([os.fsencode(path) for paths in found for path in paths], np.bytes_)
@@ -833,7 +888,7 @@ def read_lists(lists):
     The kit's ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of
     128 bytes, a tag of 8 and compressed data.
     """
-    wnids, listed = [], {}
+    wnids, listed, full = [], {}, SETS['imagenet2012']['classes']
     if META in lists:
         try:
             meta = lists[META].read_bytes()
@@ -842,22 +897,19 @@ def read_lists(lists):
         except (OSError, IndexError, zlib.error) as error:
             raise UserError(f'{lists[META]} cannot be read ({error}). Delete it, {ADD_KIT}.') from error
         found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
-        wnids = [wnid.decode() for wnid in found[:SETS['imagenet2012']['classes']]]
+        wnids = [wnid.decode() for wnid in found[:full]]
     if TRUTH in lists:
         ids = enumerate(lists[TRUTH].read_text('utf-8', 'replace').split(), 1)
         listed = {f'ILSVRC2012_val_{i:08}': wnids[int(n) - 1] for i, n in ids
                   if n.isdecimal() and 0 < int(n) <= len(wnids)}
     if CSV in lists:
         listed = parse_list(lists[CSV].read_text('utf-8', 'replace'))
-    orders = (order for order in (wnids, {*listed.values()}) if len(order) == SETS['imagenet2012']['classes'])
-    return listed, next(orders, ())
+    complete = [order for order in (wnids, {*listed.values()}) if len(order) == full]
+    return listed, complete[0] if complete else ()
 
 
 def label_images(classes, images, wnids, class_count, image_count):
-    """EncodedImages as list_images gave them, labelled by their class: an integer, or its place in `wnids`.
-
-    Raises UserError for an unknown class or another count.
-    """
+    """EncodedImages of list_images, labelled by their class: an integer, or its place in `wnids`."""
     place = {wnid: i for i, wnid in enumerate(wnids)}
     labels = [int(name) if name.isdigit() else place.get(name, -1) for name in classes]
     complete = len(wnids) == SETS['imagenet2012']['classes']  # or else integers mean nothing
@@ -906,78 +958,6 @@ def open_test_sets(data_dir, wnids, say):
             if say:
                 print(f'{name} is left out: {error}', file=sys.stderr)
     return found
-
-
-# ---- opening ----
-
-def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None,
-         trained_elsewhere=False):
-    """Training batches, evaluation sets and origin of a prepared data set.
-
-    Args:
-        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
-        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
-        batches are wanted. rank, world: of the processes that train. synthetic: generated images.
-        workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
-        trained_elsewhere: the evaluation sets are for given weights, with which only labels in the order of
-        all classes agree; without, they are for weights that the training batches make.
-    Returns:
-        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
-        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
-    """
-    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
-    if name == 'imagenet2012' and not synthetic:
-        parts, wnids, about = open_imagenet(data_dir)
-        parts |= open_test_sets(data_dir, wnids, say=rank == 0)
-        check_parts(name, data_dir, parts, len(wnids), trained_elsewhere)
-        shared = device, default_workers() if workers is None else workers, rank, world
-        trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
-        few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
-        evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
-                 for key, images in parts.items()}
-        return trn, evals, f'{about}, decoded by {jpeg_decoder()[0]}'
-
-    if synthetic:
-        train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
-    else:
-        train, test, about = read_arrays(name, data_dir / name)
-    parts = {'train': train, 'val': test}
-    if facts['test']:
-        n = len(train) * facts['train'] // (facts['train'] + facts['val'])
-        parts = {'train': train.part(slice(n)), 'val': train.part(slice(n, None)), 'tst': test}
-    if not synthetic:
-        known = len(class_names(data_dir / name)) or facts['classes']
-        check_parts(name, data_dir, parts, known, trained_elsewhere)
-    size = sum(t.nbytes for arrays in parts.values() for t in arrays)
-    fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
-    if fits and device.type != 'cpu':  # others stay in mapped files
-        parts = {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in parts.items()}
-    trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
-    evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
-    return trn, evals, about
-
-
-def check_parts(name, data_dir, parts, known, trained_elsewhere):
-    """Raises UserError for a set to evaluate without images, and where labels mean nothing to the weights.
-
-    Given weights know all classes in order, so `known` of them will not do; others, the training images'.
-    """
-    facts, train = SETS[name], parts['train']
-    for key, images in parts.items():
-        if images is not train and not len(images):
-            raise UserError(f'{data_dir} has no images of {name} for {key}.')
-    if trained_elsewhere and known < facts['classes']:
-        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
-                        'tells the order of all: their labels may not be those of given weights. For '
-                        f'imagenet2012, {ADD_KIT}.')
-    # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
-    cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
-    unseen = np.setdiff1d(parts['val'].labels, train.labels)
-    if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
-        remedy = 'Take these out, or add training images.' if not facts['test'] else (
-            'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
-        raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
-                        f'as class {unseen[-1]}. {remedy}')
 
 
 # ---- batches of arrays ----
@@ -1049,12 +1029,12 @@ def ahead(chunks):
     def take():
         return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]
 
-    pool, ready = ThreadPoolExecutor(1), collections.deque()
+    pool, ready = ThreadPoolExecutor(1), []
     try:
         while True:
             while len(ready) < 3:
                 ready.append(pool.submit(take))
-            yield ready.popleft().result()
+            yield ready.pop(0).result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1109,10 +1089,7 @@ class JpegBatches(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        """(uint8 n x 3 x 224 x 224, int64 n) of batch `key[0]` from position `key[1]` on.
-
-        Or a UserError: raised in a loader process, it would come with a traceback.
-        """
+        """The piece (uint8 N x 3 x 224 x 224, int64 N) of batch `key[0]` from `key[1]` on, or an error."""
         number, first = key
         count = min(PIECE, self.batch - first)
         black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
@@ -1120,7 +1097,7 @@ class JpegBatches(torch.utils.data.Dataset):
             piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0),
                       self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
         except UserError as error:
-            return error
+            return error  # raised in a loader process, it would come with a traceback
         # in a loader process this writes into shared memory
         images, labels = torch.utils.data.default_collate(piece + [black] * (count - len(piece)))
         return images.permute(0, 3, 1, 2), labels
@@ -1174,13 +1151,14 @@ class JpegBatches(torch.utils.data.Dataset):
 
 
 def start_worker(worker):
-    def follow():  # a main process that is killed: the loader looks at who has started us, maybe a forkserver
+    """Lets a loader process end with the main one, which alone answers signals: they may be sent to all."""
+    def follow():  # the loader itself looks at who has started this process, maybe a forkserver
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a cluster sends them to all processes: the main
-    keep_freed_memory()                        # one answers, and ends this one
+        signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
 
 
 def keep_freed_memory():
