@@ -184,7 +184,7 @@ def new_folder(final):
 
 def remove_left_over(data_dir, name):
     """Removes what a killed preparation of a set has left, a day later: none takes so long."""
-    for folder in data_dir.glob(f'{name}*.part.*'):
+    for folder in (*data_dir.glob(f'{name}.part.*'), *data_dir.glob(f'{name}-pack.part.*')):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if time.time() - folder.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(folder, ignore_errors=True)
