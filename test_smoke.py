@@ -614,7 +614,7 @@ def test_a_zip_that_zipfile_does_not_know_is_refused(tmp_path):
     content[content.index(b'PK\1\2') + 6] = 255  # the version needed to read it
     (tmp_path / 'x.zip').write_bytes(content)
     with pytest.raises(data.UserError, match='x.zip is damaged .*Fetch it again'):
-        data.open_zip(tmp_path / 'x.zip')
+        data.files_of(tmp_path / 'x.zip')
 
 
 def batch_file(rng, n, size):
@@ -795,6 +795,8 @@ def test_a_preparation_leaves_those_of_others_alone(tmp_path):
         (first / 'a').touch()
         left_over = first.with_name(first.name + 'x')
         left_over.mkdir()
+        os.utime(left_over, (0, 0))  # more than a day ago
+        data.remove_left_over(tmp_path, 'CIFAR10_x32')
         with data.new_folder(final) as second:
             assert first != second and (first / 'a').exists() and not left_over.exists()
         (second := final / 'of the second').touch()
@@ -807,7 +809,7 @@ def test_a_killed_preparation_is_begun_anew(tiny, monkeypatch):
             'data.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
             f'data.prepare("TinyImageNet200_x64", {str(folder)!r})')
     run('-c', slow, ok=-9, **SMALL)
-    assert len(list(folder.glob('TinyImageNet200_x64.part*'))) == 1
+    os.utime(only(folder, 'TinyImageNet200_x64.part.*'), (0, 0))  # more than a day ago
     monkeypatch.setenv(data.INCOMPLETE, '1')
     data.prepare('TinyImageNet200_x64', folder)
     assert not list(folder.glob('*.part*'))
@@ -1013,11 +1015,11 @@ def test_test_sets_of_imagenet(imagenet, monkeypatch):
     restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
     assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
     folder = imagenet / 'imagenet-r'
-    with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS[:2], 200, 30000)
+    with pytest.raises(data.UserError, match='n00000002 is none of the 2 classes'):
+        data.label_images(*data.list_images(folder), WNIDS[:2], 200, 30000)
     monkeypatch.delenv(data.INCOMPLETE)
     with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS, 200, 30000)
+        data.label_images(*data.list_images(folder), WNIDS, 200, 30000)
 
 
 def kaggle(files, csv, home=''):
@@ -1161,10 +1163,11 @@ def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
 
 def test_the_list_of_files_follows_the_folders(tmp_path):
     class_folders(tmp_path / 'train', WNIDS[:2], 2)
-    before = data.list_images(tmp_path / 'train')
+    classes, images = data.list_images(tmp_path / 'train')
     assert (tmp_path / 'train-index.npz').exists()
-    for a, b in zip(before, data.list_images(tmp_path / 'train'), strict=True):
-        assert np.array_equal(a, b)
+    classes_again, again = data.list_images(tmp_path / 'train')
+    assert classes_again == classes and np.array_equal(again.names, images.names)
+    assert again.path == images.path and np.array_equal(again.labels, images.labels)
     (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
     assert len(data.list_images(tmp_path / 'train')[1]) == 5
     (tmp_path / 'train-index.npz').write_bytes(b'damaged')
@@ -2003,6 +2006,8 @@ def test_a_signal_in_the_preparation(tmp_path, number, ranks):
     # -15 is the 143 of a shell
     assert process.wait(10) == (1 if ranks > 1 else 130 if number == signal.SIGINT else -signal.SIGTERM)
     pipe.unlink()
+    for left_over in tmp_path.glob('*.part.*'):
+        os.utime(left_over, (0, 0))  # more than a day ago
     with pytest.raises(data.UserError, match='not found'):
         data.prepare('ImageNet1k_x32', tmp_path)  # removes what a SIGTERM has left
     assert not list(tmp_path.glob('*.part*'))
