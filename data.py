@@ -703,14 +703,18 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
                         f'imagenet2012, {ADD_KIT}.')
     if not trained_elsewhere and len(train) < batch:
         raise UserError(f'--batch {batch} is more than the {len(train)} training images.')
+    labels = np.concatenate([train.labels, parts['val'].labels]) if facts['test'] else np.empty(0)
+    stretches = 1 + np.count_nonzero(np.diff(labels))  # of equal labels
+    if 1 < len(np.unique(labels)) == stretches < len(labels) / 2 and not trained_elsewhere:
+        raise UserError(f'{name}: the training file is sorted by class, and val is its end: shuffle images '
+                        'and labels.')
     # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
     cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
-    unseen = np.setdiff1d(parts['val'].labels, train.labels)
-    if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
-        remedy = 'Take these out, or add training images.' if not facts['test'] else (
-            'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
-        raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
-                        f'as class {unseen[-1]}. {remedy}')
+    for key in ('val',) if name in SOURCES else set(parts) - {'train'}:
+        unseen = np.setdiff1d(parts[key].labels, train.labels)
+        if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
+            raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
+                            f'such as class {unseen[-1]}. Shuffle the training file, or take these out.')
 
 
 # ---- opening: arrays ----
@@ -1359,8 +1363,10 @@ def main():
             raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
                             'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
     except (UserError, OSError) as error:
-        print(f'data.py: {error}', file=sys.stderr)
+        print('data.py:', *str(error).split(), file=sys.stderr)  # some of tarfile's have many lines
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

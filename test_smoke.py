@@ -746,7 +746,7 @@ def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
     images, labels = arrays(100)[0], torch.arange(100) // 20
     data.save_arrays(tmp_path / 'Own', 'train', images, labels)
     data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
-    with pytest.raises(data.UserError, match='Own: val .* class 4. .* sorted by class, shuffle') as error:
+    with pytest.raises(data.UserError, match='Own: .* sorted by class, .* shuffle') as error:
         data.load('Own', tmp_path, 8, 8, 0, 'cpu')
     says(str(error.value))
     data.load('Own', tmp_path, 8, 8, 0, 'cpu', trained_elsewhere=True)
@@ -1881,11 +1881,11 @@ def test_a_log_without_its_checkpoint_is_history(killed, capsys):
 
 def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     stamps = iter('112')
-    monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}.log')
+    monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}-0.log')
     first, second = runs.open_log(tmp_path, resume=True), runs.open_log(tmp_path, resume=False)
-    assert (first.name, second.name) == ('1.log', '2.log')
+    assert (first.name, second.name) == ('1-0.log', '2-0.log')
     second.write_text('done\nRESULT dataset=CIFAR10_x32')
-    with pytest.raises(data.UserError, match=r'1\.log is being written by another process. End it, or leave'):
+    with pytest.raises(data.UserError, match=r'1-0.log is being written by another process. End it, or leave'):
         runs.open_log(tmp_path, resume=True)  # by us
 
     def loader():  # does not keep the lock
@@ -2281,7 +2281,7 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
         (['--iters', 0], {}, ['start at 1']),
         (['--seed', 2 ** 64], {}, ['--seed goes from 0 to 2^64 - 1']),
         (['--batch', 10, '--accum', 3], {}, ['--batch 10 is not divisible', '3 passes']),
-        ([], dict(WORLD_SIZE='2'), ['RANK, LOCAL_RANK and WORLD_SIZE', 'torchrun']),
+        ([], dict(WORLD_SIZE='2'), ['RANK, LOCAL_RANK, WORLD_SIZE', 'torchrun']),
         ([], dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='two'), ['not a number', 'torchrun']),
         ([], dict(SLURM_STEP_NUM_TASKS='8'), ['SLURM_STEP_NUM_TASKS=8', 'train alone', 'torchrun']),
         (['--compile', '--accum', 2], cuda_graphs, ['CUDA graphs', 'unset the variable']),
@@ -2359,6 +2359,92 @@ def test_a_run_whose_output_nobody_reads_goes_on(trial, shell):
                           env={**os.environ, **SMALL}, capture_output=True)
     assert done.returncode == 0 and len(trial.rows) == 2 and result(trial.text)
     assert 'head' not in shell or re.fullmatch(rb'command .*\n0\n', done.stderr), done.stderr
+
+
+# ---- runs: what other machines and programs bring along ----
+
+def test_ranks_that_find_other_images_are_refused(tmp_path, monkeypatch):
+    """Each machine may have a disk of its own; here rank 0 says what it has found."""
+    run = runs.Run.__new__(runs.Run)
+    run.ranks, run.clocks = runs.Ranks(rank=1, world=1), dict(seconds=0)
+    monkeypatch.setattr(run.ranks, 'from_rank_0', lambda sizes: sizes.replace('9', '8'))
+    with pytest.raises(data.UserError, match='rank 1 finds 5 trn, 9 val images, rank 0 5 trn, 8 val'):
+        run.begin(0, '', range(5), {'val': range(9)}, '')
+
+
+def test_a_disk_that_does_not_answer_destroys_no_checkpoint(tmp_path, monkeypatch):
+    last, previous = tmp_path / 'a.last.pt', tmp_path / 'a.prev.pt'
+    for number, path in enumerate((previous, last)):
+        runs.write_checkpoint(path, config={}, net={}, run=number)
+    for error, raised in ((OSError(5, 'Input/output error'), data.UserError), (MemoryError(), MemoryError)):
+        with monkeypatch.context() as patch, pytest.raises(raised):
+            patch.setattr(torch, 'load', lambda *args, error=error, **options: (_ for _ in ()).throw(error))
+            runs.read_last_checkpoint(last, previous, {})
+        assert previous.exists() and runs.read_last_checkpoint(last, previous, {})[0]['run'] == 1
+
+
+def test_other_logs_in_a_run_folder_stay_as_they_are(tmp_path):
+    (tmp_path / 'notes.log').write_text('mine')
+    assert runs.open_log(tmp_path, resume=True).name != 'notes.log'
+    assert (tmp_path / 'notes.log').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('said', [(0, 0, 0), (-1, 0, 1), (5, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, 'x')])
+def test_ranks_that_do_not_fit_are_refused(monkeypatch, said):
+    for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), said, strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    with pytest.raises(data.UserError, match='unset the first three'):
+        runs.ranks_of_environment()
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda w: {'model_state_dict': w, 'epoch': 3}, lambda w: {'model': {'net': w}, 'config': 'resnet20'},
+    lambda w: {'state_dict': {f'model.{k}': t for k, t in w.items()}, 'config': {'lr': 0.1}},  # Lightning
+    lambda w: {'n_averaged': torch.tensor(3), **{f'module._orig_mod.{k}': t for k, t in w.items()}}])
+def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn, wrap):
+    shape = dict(depth=20, width=1, image_size=32, num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
+    net, other = resnet.ResNet(**shape), resnet.ResNet(**shape)
+    torch.save(wrap(other.state_dict()), tmp_path / 'a.pt')
+    runs.load_weights(net, tmp_path / 'a.pt', shape)
+    assert torch.equal(net.conv1.weight, other.conv1.weight) and not recwarn
+    for content in ({}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
+        torch.save(content, tmp_path / 'a.pt')
+        with pytest.raises(data.UserError, match='nothing in it is called conv1.weight'):
+            runs.load_weights(net, tmp_path / 'a.pt', shape)
+
+
+def test_own_arrays_whose_classes_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SETS, 'Own', dict(size=32, classes=5, train=90, val=10, test=10))
+    (tmp_path / 'Own').mkdir()
+    images, labels = arrays(100)[0], torch.arange(100) // 20
+
+    def load(train, test, **options):
+        data.save_arrays(tmp_path / 'Own', 'train', images, train)
+        data.save_arrays(tmp_path / 'Own', 'test', images[:10], test)
+        return data.load('Own', tmp_path, 8, 8, 0, 'cpu', **options)
+    with pytest.raises(data.UserError, match='sorted by class'):  # the boundary lies within a class
+        load(4 - labels, labels[:10])
+    with pytest.raises(data.UserError, match='Own: val .* such as class 4'):
+        load(torch.cat([torch.arange(90) % 4, labels[90:]]), labels[:10])
+    with pytest.raises(data.UserError, match='Own: tst .* such as class 4'):
+        load(torch.arange(100) % 4, labels[90:])
+    load(labels * 0, labels[:10] * 0)  # a single class is no order
+
+
+def test_data_py_gives_one_line_for_any_error(tmp_path, monkeypatch, capsys):
+    def ends(code, *words):
+        monkeypatch.setattr(sys, 'argv', ['data.py', *words, '--data-dir', str(tmp_path)])
+        with pytest.raises(SystemExit, match=f'^{code}$'):
+            data.main()
+        error = capsys.readouterr().err
+        assert error.count('\n') == (code == 2), error
+        return error
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'report', lambda folder: signal.raise_signal(signal.SIGINT))
+        ends(130)
+    (tmp_path / data.ARCHIVES[1]).write_bytes(b'no archive')
+    assert 'is damaged' in ends(2, 'unpack', 'imagenet2012')
 
 
 # ---- damaged files ----
