@@ -657,6 +657,9 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     """
     facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    if facts['size'] not in (32, 64, CROP):
+        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
+                        'yours, or fill them up with zeros on all sides.')
     if name == 'imagenet2012' and not synthetic:
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, say=rank == 0)
@@ -745,9 +748,6 @@ def read_arrays(name, folder, remedy=None):
     facts, parts = SETS[name], []
     remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
                         else f'Correct it, or SETS[{name!r}].')
-    if facts['size'] not in (32, 64, CROP):
-        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
-                        'yours, or fill them up with zeros on all sides.')
     shape = facts['size'], facts['size'], 3
     for which, full in (('train', facts['train'] + (facts['val'] if facts['test'] else 0)),
                         ('test', facts['test'] or facts['val'])):
@@ -1300,6 +1300,7 @@ def jpeg_decoder():
 # ---- command line ----
 
 def report(data_dir):
+    require_folders(data_dir)
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
         state, found = SOURCES[name][2], sources(name, data_dir)

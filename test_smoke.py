@@ -2430,6 +2430,20 @@ def test_own_arrays_whose_classes_do_not_fit_are_refused(tmp_path, monkeypatch):
     with pytest.raises(data.UserError, match='Own: tst .* such as class 4'):
         load(torch.arange(100) % 4, labels[90:])
     load(labels * 0, labels[:10] * 0)  # a single class is no order
+    monkeypatch.setitem(data.SETS['Own'], 'size', 28)
+    with pytest.raises(data.UserError, match='28 px'):
+        load(labels, labels[:10], synthetic=True)
+
+
+def test_files_beside_a_folder_are_found(tmp_path, monkeypatch):
+    """A complete CIFAR folder that somebody has made a folder in."""
+    folder = tmp_path / 'cifar-10-batches-py'
+    (folder / 'png').mkdir(parents=True)
+    (folder / 'data_batch_1').touch()
+    for name in ('https_proxy', 'http_proxy'):  # no network
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    with pytest.raises(data.UserError, match='data_batch_1 is damaged'):
+        data.prepare('CIFAR10_x32', tmp_path)
 
 
 def test_data_py_gives_one_line_for_any_error(tmp_path, monkeypatch, capsys):
