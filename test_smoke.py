@@ -2346,7 +2346,7 @@ def test_weights_from_elsewhere_are_loaded(tmp_path):
             tensor.fill_(7)
         runs.load_weights(ours, tmp_path / 'x.pth', shape)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), key
-    with pytest.raises(data.UserError, match=r'x.pth does not fit --depth and --width \(.*conv1.weight'):
+    with pytest.raises(data.UserError, match='x.pth has no weights'):
         torch.save({'epoch': 3}, tmp_path / 'x.pth')
         runs.load_weights(ours, tmp_path / 'x.pth', shape)
 
