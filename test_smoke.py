@@ -384,6 +384,16 @@ def arrays(n, size=32, classes=10):
             torch.from_numpy(rng.integers(classes, size=n)))
 
 
+def load(folder, rank=0, world=1, name='imagenet2012', seed=7, batch=8, eval_batch=4, device='cpu', workers=0,
+         **options):
+    """(training batches, {name: evaluation batches}, their origin)"""
+    return data.load(name, folder, batch, eval_batch, seed, device, rank, world, workers=workers, **options)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
 def test_augment_against_a_plain_loop():
     images, _ = arrays(162)
     draws = torch.arange(162)
@@ -392,42 +402,38 @@ def test_augment_against_a_plain_loop():
     for image, draw, out in zip(images.numpy(), draws.tolist(), fast, strict=True):
         top, left, flip = draw // 18, draw // 2 % 9, draw % 2
         crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top:top + 32, left:left + 32]
-        crop = crop[:, ::-1] if flip else crop
-        assert np.array_equal(out.permute(1, 2, 0).numpy(), crop)
+        assert np.array_equal(out.permute(1, 2, 0).numpy(), crop[:, ::-1] if flip else crop)
 
 
-def train_batches(images, labels, batch, seed=7, rank=0, world=1):
-    return data.TrainBatches(data.Arrays(images, labels), batch, seed, 'cpu', rank, world)
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('kind,others', [  # ranks and loader processes
+    ('arrays', [(2, 0), (4, 0)]), ('files', [(1, 1), (1, 3), (2, 0), (4, 0)])])
+def test_same_images_for_any_number_of_ranks_and_workers_and_any_resume_point(
+        imagenet, monkeypatch, kind, others):
+    monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
+    images = data.Arrays(arrays(55)[0], torch.arange(55))
 
+    def sequence(rank=0, world=1, start=0, count=14, workers=0, seed=7):  # two epochs of six, and more
+        trn = data.TrainBatches(images, 8, seed, 'cpu', rank, world) if kind == 'arrays' else \
+            load(imagenet, rank, world, seed=seed, workers=workers)[0]
+        return take(trn.batches(start), count)
 
-def take(batches, count):
-    return [next(batches) for _ in range(count)]
-
-
-@pytest.mark.parametrize('world', [2, 4])
-def test_same_images_for_any_number_of_ranks_and_any_resume_point(world):
-    images, labels = arrays(100)
-
-    def sequence(rank, world, start, count):
-        return take(train_batches(images, labels, 16, 7, rank, world).batches(start), count)
-    whole = sequence(0, 1, 0, 20)  # more than three epochs of six batches
-    ranks = [sequence(rank, world, 0, 20) for rank in range(world)]
-    for (x, y), *parts in zip(whole, *ranks, strict=True):
-        assert torch.equal(x, torch.cat([part[0] for part in parts]))
-        assert torch.equal(y, torch.cat([part[1] for part in parts]))
+    def same(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(map(torch.equal, a, b))
+    whole = sequence()
+    for world, workers in others:
+        ranks = [sequence(rank, world, workers=workers) for rank in range(world)]
+        same(whole, [map(torch.cat, zip(*parts, strict=True)) for parts in zip(*ranks, strict=True)])
     for start in (1, 5, 6, 13):
-        for (x, y), (a, b) in zip(whole[start:], sequence(0, 1, start, 20 - start), strict=True):
-            assert torch.equal(x, a) and torch.equal(y, b)
-
-
-def test_every_image_once_an_epoch_and_a_new_order_each_time():
-    images, _ = arrays(96)
-    batches = train_batches(images, torch.arange(96), 16).batches(0)
-    epochs = [torch.cat([labels for _, labels in take(batches, 6)]) for _ in range(3)]
-    assert all(sorted(epoch.tolist()) == list(range(96)) for epoch in epochs)
-    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
-    other = train_batches(images, torch.arange(96), 16, seed=8).batches(0)
-    assert not torch.equal(torch.cat([labels for _, labels in take(other, 6)]), epochs[0])
+        same(whole[start:], sequence(start=start, count=14 - start))
+    first, second = (torch.cat([labels for _, labels in whole[i:i + 6]]) for i in (0, 6))
+    other_seed = torch.cat([labels for _, labels in sequence(count=6, seed=8)])
+    for epoch in (first, second):  # an image at most once, of those that have this label
+        assert epoch.bincount().max() <= (1 if kind == 'arrays' else 5)
+    assert not torch.equal(first, second) and not torch.equal(first, other_seed)
+    assert whole[0][0].dtype == torch.uint8 and whole[0][0].shape[:2] == (8, 3)
+    assert len({x.numpy().tobytes() for batch, _ in whole for x in batch}) == 14 * 8  # other crops each time
 
 
 def test_half_of_the_images_are_flipped_and_all_crops_are_equally_likely():
@@ -438,13 +444,12 @@ def test_half_of_the_images_are_flipped_and_all_crops_are_equally_likely():
 
 
 def test_prefetching_gives_the_same_batches_and_hands_over_errors():
-    images, labels = arrays(100)
-    trn = train_batches(images, labels, 16)
+    trn = data.TrainBatches(data.Arrays(*arrays(100)), 16, 7, 'cpu')
     for a, b in zip(take(trn._chunks(3), 5), take(data.ahead(trn._chunks(3)), 5), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     def broken():
-        yield labels,
+        yield torch.zeros(1),
         raise OSError('disk gone')
     chunks = data.ahead(broken())
     next(chunks)
@@ -452,19 +457,31 @@ def test_prefetching_gives_the_same_batches_and_hands_over_errors():
         next(chunks)
 
 
+def evaluated(batch, ranks):
+    """(images, labels) in the batches of all ranks, without what fills them up."""
+    ranks = [list(batches) for batches in ranks]
+    assert len({len(batches) for batches in ranks}) == 1  # or the ranks would wait for each other
+    pairs = [pair for batches in ranks for pair in batches]
+    assert all(len(x) == batch and x.is_contiguous(memory_format=torch.channels_last) for x, _ in pairs)
+    images, labels = map(torch.cat, zip(*pairs, strict=True))
+    return images[labels != data.IGNORE], labels[labels != data.IGNORE]
+
+
 @pytest.mark.parametrize('n,batch,world', [(50, 8, 1), (50, 8, 4), (7, 8, 4), (64, 8, 2), (1, 4, 2)])
 def test_every_evaluation_image_once(n, batch, world):
     images, _ = arrays(n)
-    all_of_them = data.Arrays(images, torch.arange(n))
-    ranks = [list(data.EvalBatches(all_of_them, batch, 'cpu', r, world)) for r in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1  # or the ranks would wait for each other
-    seen = []
-    for x, y in (pair for batches in ranks for pair in batches):
-        assert x.shape == (batch, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
-        real = y != data.IGNORE
-        assert torch.equal(x[real].permute(0, 2, 3, 1), images[y[real]])
-        seen += y[real].tolist()
-    assert sorted(seen) == list(range(n))
+    whole = data.Arrays(images, torch.arange(n))
+    x, y = evaluated(batch, [data.EvalBatches(whole, batch, 'cpu', rank, world) for rank in range(world)])
+    assert torch.equal(x.permute(0, 2, 3, 1), images[y]) and sorted(y.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
+def test_every_evaluation_file_once(imagenet, batch, world, workers):
+    given = dict(eval_batch=batch, workers=workers)
+    ranks = [load(imagenet, rank, world, **given)[1]['val'] for rank in range(world)]
+    images, labels = evaluated(batch, ranks)
+    assert labels.bincount().tolist() == [2] * 11 and len({x.numpy().tobytes() for x in images}) == 22
+    assert [len(val) for val in ranks] == [22] * world
 
 
 def test_evaluate_ignores_the_filling():
@@ -485,10 +502,9 @@ def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
     array = np.load(tmp_path / 'x.npy', mmap_mode='c')
     mapped = data.Arrays(torch.from_numpy(array), torch.zeros(20000, dtype=torch.long), array.base)
     batches = data.TrainBatches(mapped, 256, 0, 'cpu').batches(0)
-    for i in range(75):
-        next(batches)
-        if i == 20:  # torch's own code has been read from its files by now
-            before = resident()
+    take(batches, 20)
+    before = resident()  # torch's own code has been read from its files by now
+    take(batches, 55)
     assert resident() - before < 20  # MB
     batches.close()
 
@@ -501,8 +517,28 @@ def jpeg(image, quality=90):
     return buffer.getvalue()
 
 
-def write_tiny(archive):
-    """tiny-imagenet-200.zip with the official layout and a few images, some of them grey."""
+def write_tree(root, files):
+    """Files below a folder; files: {path: content}."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def clutter(root):
+    """What systems leave behind in every folder."""
+    for folder in [root, *(path for path in root.rglob('*') if path.is_dir())]:
+        write_tree(folder, dict.fromkeys(
+            ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'), 'clutter'))
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def tiny_files():
+    """tiny-imagenet-200 with the official layout and a few images, some of them grey."""
     rng, wnids = np.random.default_rng(0), ['n02', 'n01', 'n03']
     files = {'wnids.txt': '\n'.join(wnids), 'words.txt': 'n01\tone, first\nn02\ttwo'}
     for i, wnid in enumerate(wnids):
@@ -511,51 +547,38 @@ def write_tiny(archive):
             files[f'train/{wnid}/images/{wnid}_{j}.JPEG'] = jpeg(image[:, :, 0] if j == 3 else image)
         files[f'val/images/val_{i}.JPEG'] = jpeg(image)
     files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\t{w}\t0\t0\n' for i, w in enumerate(wnids))
-    with zipfile.ZipFile(archive, 'w') as zipped:
-        for name, content in files.items():
-            zipped.writestr(f'tiny-imagenet-200/{name}', content)
     return files
+
+
+TINY = tiny_files()
+TINY_ZIP = {f'tiny-imagenet-200/{name}': content for name, content in TINY.items()}
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    return tmp_path, write_tiny(tmp_path / 'tiny-imagenet-200.zip')
+    """--data-dir with a small tiny-imagenet-200.zip."""
+    write_zip(tmp_path / 'tiny-imagenet-200.zip', TINY_ZIP)
+    return tmp_path
 
 
-def test_tiny_imagenet(tiny, monkeypatch):
-    folder, files = tiny
-    with pytest.raises(data.UserError, match='n01_4.JPEG .with .* others. is missing'):
-        data.prepare('TinyImageNet200_x64', folder)
-    assert not (folder / 'TinyImageNet200_x64').exists() and not list(folder.glob('*.part*'))
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x32', folder)
-    read = data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')
-    (images, labels), (test_images, test_labels), about = read
-    names = sorted(name for name in files if name.startswith('train/'))
+def test_tiny_imagenet(tiny):
+    refused('n01_4.JPEG .with .* others. is missing', data.prepare, 'TinyImageNet200_x64', tiny, whole=True)
+    assert [path.name for path in tiny.iterdir()] == ['tiny-imagenet-200.zip']
+    data.prepare('TinyImageNet200_x32', tiny)
+    (images, labels), (_, test_labels), about = data.read_arrays(
+        'TinyImageNet200_x64', tiny / 'TinyImageNet200_x64')
+    names = sorted(name for name in TINY if name.startswith('train/'))
     for i, j in enumerate(np.random.RandomState(0).permutation(12)):
-        expected = np.asarray(Image.open(io.BytesIO(files[names[j]])).convert('RGB'))
+        expected = np.asarray(Image.open(io.BytesIO(TINY[names[j]])).convert('RGB'))
         assert np.array_equal(images[i], expected) and labels[i] == int(names[j][8]) - 1  # n01 -> 0
     assert test_labels.tolist() == [1, 0, 2] and 'sorted' in about
-    (small, same_labels), _, _ = data.read_arrays('TinyImageNet200_x32', folder / 'TinyImageNet200_x32')
+    (small, same_labels), _, _ = data.read_arrays('TinyImageNet200_x32', tiny / 'TinyImageNet200_x32')
     blocks = images.numpy().reshape(12, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
     assert np.array_equal(small, np.floor(blocks + 0.5)) and torch.equal(same_labels, labels)
-    assert (folder / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
-    trn, evals, _ = data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
+    assert (tiny / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
+    trn, evals, _ = load(tiny, name='TinyImageNet200_x64', batch=4)
     assert (len(trn), len(evals['val']), len(evals['tst'])) == (9, 3, 3)  # 12 * 81920 / 100000
-    monkeypatch.delenv(data.INCOMPLETE)
-    with pytest.raises(data.UserError, match='holds 12 of 100000 images'):
-        data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
-
-
-def write_tree(root, files):
-    """Files below a folder, and beside them what systems leave behind."""
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for folder in {(root / name).parent for name in files} | {root}:
-        for clutter in ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'):
-            (folder / clutter).parent.mkdir(exist_ok=True)
-            (folder / clutter).write_bytes(b'clutter')
+    refused('holds 12 of 100000 images', load, tiny, name='TinyImageNet200_x64', whole=True)
 
 
 def sorted_val(files, pattern):
@@ -565,20 +588,17 @@ def sorted_val(files, pattern):
     return {moved.get(name, name): x for name, x in files.items() if name != 'val/val_annotations.txt'}
 
 
-@pytest.mark.parametrize('layout', [
-    lambda files: sorted_val(files, 'val/{}/{}'), lambda files: sorted_val(files, 'val/{}/images/{}'),
-    lambda files: sorted_val(files, 'val/images/{}/{}'),
-    lambda files: {f'tiny-imagenet-200/{name}': x for name, x in files.items()},
-    lambda files: {name: x.replace('\n', '\r\n') if 'words' not in name and isinstance(x, str) else x
-                   for name, x in files.items()},
-    lambda files: {name.replace('images/n', 'n'): x for name, x in files.items()},
-    lambda files: {name: x for name, x in files.items() if name != 'words.txt'}])
+@pytest.mark.parametrize('files', [
+    sorted_val(TINY, 'val/{}/{}'), sorted_val(TINY, 'val/{}/images/{}'), sorted_val(TINY, 'val/images/{}/{}'),
+    TINY_ZIP, {name.replace('images/n', 'n'): x for name, x in TINY.items()},
+    {name: x.replace('\n', '\r\n') if name[0] in 'vw' and isinstance(x, str) else x
+     for name, x in TINY.items() if name != 'words.txt'}], ids='sorted below above twice flat crlf'.split())
 @pytest.mark.parametrize('zipped', [False, True])
-def test_layouts_of_tiny_imagenet(tiny, tmp_path, monkeypatch, layout, zipped):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x64', tmp_path)
-    usual, home = tmp_path / 'TinyImageNet200_x64', tmp_path / 'other' / 'tiny-imagenet-200'
-    write_tree(home, layout(tiny[1]))
+def test_layouts_of_tiny_imagenet(tiny, files, zipped):
+    data.prepare('TinyImageNet200_x64', tiny)
+    usual, home = tiny / 'TinyImageNet200_x64', tiny / 'other' / 'tiny-imagenet-200'
+    write_tree(home, files)
+    clutter(home)
     if zipped:  # the files lie on top, without a folder around them
         shutil.make_archive(home, 'zip', home)
         shutil.rmtree(home)
@@ -587,34 +607,25 @@ def test_layouts_of_tiny_imagenet(tiny, tmp_path, monkeypatch, layout, zipped):
         assert (usual / file).read_bytes() == (home.parent / usual.name / file).read_bytes(), file
 
 
-def test_a_damaged_image_is_named(tiny, monkeypatch):
-    folder, files = tiny
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    root = folder / 'tiny-imagenet-200'
-    write_tree(root, files)
-    victim = root / 'train/n01/images/n01_2.JPEG'
-    victim.write_bytes(victim.read_bytes()[:600])
-    with pytest.raises(data.UserError, match='n01_2.JPEG is damaged'):
-        data.prepare('TinyImageNet200_x64', folder)
-    assert not list(folder.glob('TinyImageNet*'))
+def test_a_damaged_image_is_named(tmp_path):
+    name = 'train/n01/images/n01_2.JPEG'
+    write_tree(tmp_path / 'tiny-imagenet-200', TINY | {name: TINY[name][:600]})
+    refused('n01_2.JPEG is damaged', data.prepare, 'TinyImageNet200_x64', tmp_path)
+    assert not list(tmp_path.glob('TinyImageNet*'))
 
 
 @pytest.mark.parametrize('member', ['../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'])
 def test_zip_members_outside_of_their_folder_are_refused(tmp_path, member):
-    with zipfile.ZipFile(tmp_path / 'tiny-imagenet-200.zip', 'w') as archive:
-        archive.writestr(member, 'x')
-    with pytest.raises(data.UserError, match='points outside'):
-        data.prepare('TinyImageNet200_x64', tmp_path)
+    write_zip(tmp_path / 'tiny-imagenet-200.zip', {member: 'x'})
+    refused('points outside', data.prepare, 'TinyImageNet200_x64', tmp_path)
 
 
-def test_a_zip_that_zipfile_does_not_know_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
-        archive.writestr('a', 'b')
-    content = bytearray((tmp_path / 'x.zip').read_bytes())
+def test_a_zip_that_zipfile_does_not_know_is_refused(tiny):
+    path = tiny / 'tiny-imagenet-200.zip'
+    content = bytearray(path.read_bytes())
     content[content.index(b'PK\1\2') + 6] = 255  # the version needed to read it
-    (tmp_path / 'x.zip').write_bytes(content)
-    with pytest.raises(data.UserError, match='x.zip is damaged .*Fetch it again'):
-        data.open_zip(tmp_path / 'x.zip')
+    path.write_bytes(content)
+    refused('200.zip is damaged .*Fetch it again', data.prepare, 'TinyImageNet200_x64', tiny)
 
 
 def batch_file(rng, n, size):
@@ -622,48 +633,41 @@ def batch_file(rng, n, size):
             'labels': rng.integers(1, 1001, size=n).tolist(), 'mean': np.zeros(3 * size * size)}
 
 
-@pytest.mark.parametrize('size,folders,zipped,npz', [
-    (32, ['Imagenet32_train'], False, False), (64, ['Imagenet64_train'], True, False),
-    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, False),
-    (32, ['Imagenet32_train_npz'], False, True), (32, ['Imagenet32_train_npz'], True, True)])
-def test_official_imagenet_batches(tmp_path, monkeypatch, size, folders, zipped, npz):
+def npz(**content):
+    np.savez(buffer := io.BytesIO(), **content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize('size,folders,zipped,kind', [
+    (32, ['Imagenet32_train'], False, ''), (64, ['Imagenet64_train'], True, ''),
+    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, ''),
+    (32, ['Imagenet32_train_npz'], False, '_npz'), (32, ['Imagenet32_train_npz'], True, '_npz')])
+def test_official_imagenet_batches(tmp_path, size, folders, zipped, kind):
     rng, name = np.random.default_rng(0), f'ImageNet1k_x{size}'
-    batches = {f'train_data_batch_{i}': batch_file(rng, 5, size) for i in range(1, 11)}
-    homes = {batch: folders[i * len(folders) // 10] for i, batch in enumerate(batches)} | \
-        {'val_data': f'Imagenet{size}_val' + '_npz' * npz}
-    batches['val_data'] = batch_file(rng, 7, size)
-    for i, (batch, home) in enumerate(homes.items()):
-        content = pickle.dumps(batches[batch], protocol=2 + i % 4)
-        if npz:
-            np.savez(buffer := io.BytesIO(), **batches[batch])
-            content, batch = buffer.getvalue(), f'{batch}.npz'
-        if zipped:
-            with zipfile.ZipFile(tmp_path / f'{home}.zip', 'a') as archive:
-                archive.writestr(batch, content)
-        else:
-            (tmp_path / home).mkdir(exist_ok=True)
-            (tmp_path / home / batch).write_bytes(content)
-    with pytest.raises(data.UserError, match='holds 50 of 1281167'):
-        data.prepare(name, tmp_path)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
+    train, val, files = [batch_file(rng, 5, size) for _ in range(10)], batch_file(rng, 7, size), {}
+    for i, batch in enumerate([*train, val]):
+        home = [*folders, f'Imagenet{size}_val{kind}'][i * len(folders) // 10]
+        file = f'train_data_batch_{i + 1}' if batch is not val else 'val_data'
+        files.setdefault(home, {})[file + kind.replace('_', '.')] = npz(**batch) if kind else pickle.dumps(
+            batch, protocol=2 + i % 4)
+    for home, batches in files.items():
+        write_zip(tmp_path / f'{home}.zip', batches) if zipped else write_tree(tmp_path / home, batches)
+    refused('holds 50 of 1281167', data.prepare, name, tmp_path, whole=True)
     data.prepare(name, tmp_path)
-    (images, labels), (test_images, test_labels), about = data.read_arrays(name, tmp_path / name)
-    pixels = np.concatenate([batches[f'train_data_batch_{i}']['data'] for i in range(1, 11)])
+    (images, labels), (_, test_labels), about = data.read_arrays(name, tmp_path / name)
+    pixels = np.concatenate([batch['data'] for batch in train])
     assert np.array_equal(images, pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
-    assert (labels + 1).tolist() == sum([b['labels'] for name, b in batches.items() if 'train' in name], [])
-    assert test_labels.tolist() == [x - 1 for x in batches['val_data']['labels']] and 'own order' in about
-    trn, evals, _ = data.load(name, tmp_path, 8, 4, 0, 'cpu')
+    assert (labels + 1).tolist() == sum([batch['labels'] for batch in train], [])
+    assert (test_labels + 1).tolist() == val['labels'] and 'own order' in about
+    trn, evals, _ = load(tmp_path, name=name)
     assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
 
 
 def test_missing_imagenet_batches_are_named(tmp_path):
-    with pytest.raises(data.UserError, match='train_data_batch_1, .* not found in .* --synthetic'):
-        data.prepare('ImageNet1k_x32', tmp_path)
-    (tmp_path / 'Imagenet32_train').mkdir()
-    for i in range(1, 10):
-        (tmp_path / 'Imagenet32_train' / f'train_data_batch_{i}').touch()
-    with pytest.raises(data.UserError, match='train_data_batch_10, val_data not found'):
-        data.prepare('ImageNet1k_x32', tmp_path)
+    for names, words in (((), 'train_data_batch_1, .* not found in .* --synthetic'),
+                         (range(1, 10), 'train_data_batch_10, val_data not found')):
+        write_tree(tmp_path, {f'Imagenet32_train/train_data_batch_{i}': '' for i in names})
+        refused(words, data.prepare, 'ImageNet1k_x32', tmp_path, whole=True)
 
 
 class Evil:
@@ -671,73 +675,58 @@ class Evil:
         return os.system, ('touch evil',)
 
 
-def test_npz_batches_run_nothing(tmp_path, monkeypatch):
+def test_pickles_run_nothing(tmp_path, monkeypatch):
+    """Nor does what is no batch get further."""
     monkeypatch.chdir(tmp_path)
-    np.savez('batch.npz', data=np.array([Evil()], object), labels=[1])
-    with pytest.raises(data.UserError, match='is not a downsampled ImageNet batch .*allow_pickle'):
-        data.read_batch(tmp_path / 'batch.npz', 32)
-    assert not (tmp_path / 'evil').exists()
-
-
-@pytest.mark.parametrize('content', [
-    pickle.dumps({'data': Evil(), 'labels': []}), pickle.dumps(np.array([Evil()], object)), b'', b'\x80\x04x',
-    pickle.dumps({'labels': [1]}), pickle.dumps({'data': np.zeros((1, 9), np.uint8), 'labels': [1]}),
-    pickle.dumps({'data': np.zeros((1, 3072), np.uint8), 'labels': [0]})])
-def test_pickles_run_nothing(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'batch').write_bytes(content)
-    with pytest.raises(data.UserError, match='is not a downsampled ImageNet batch'):
-        data.read_batch(tmp_path / 'batch', 32)
-    assert not (tmp_path / 'evil').exists()
+    for content in (
+            pickle.dumps({'data': Evil(), 'labels': []}), pickle.dumps(np.array([Evil()], object)),
+            npz(data=np.array([Evil()], object), labels=[1]), b'', b'\x80\x04x',
+            pickle.dumps({'labels': [1]}), pickle.dumps({'data': np.zeros((1, 9), np.uint8), 'labels': [1]}),
+            pickle.dumps({'data': np.zeros((1, 3072), np.uint8), 'labels': [0]})):
+        path = tmp_path / ('batch.npz' if content[:2] == b'PK' else 'batch')
+        path.write_bytes(content)
+        refused('is not a downsampled ImageNet batch' + ' .*allow_pickle' * (content[:2] == b'PK'),
+                data.read_batch, path, 32)
+    assert not Path('evil').exists()
 
 
 def test_checkpoints_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({'config': {}, 'net': {'weight': Evil()}}, tmp_path / 'a.pt')
-    with pytest.raises(data.UserError, match='a.pt cannot be read as a checkpoint .*holds objects'):
-        runs.read_checkpoint(tmp_path / 'a.pt', {})
-    assert not (tmp_path / 'evil').exists()
+    torch.save({'config': {}, 'net': {'weight': Evil()}}, 'a.pt')
+    refused('a.pt cannot be read as a checkpoint .*holds objects', runs.read_checkpoint, Path('a.pt'), {})
+    assert not Path('evil').exists()
 
 
-def test_downsampled_imagenet_from_the_original_images(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    rng = np.random.default_rng(0)
-    for part in ('train', 'val'):
-        for wnid in reversed(WNIDS[:2]):
-            (tmp_path / 'imagenet2012' / part / wnid).mkdir(parents=True)
-            image = rng.integers(256, size=(90, 120, 3), dtype=np.uint8)
-            (tmp_path / 'imagenet2012' / part / wnid / f'{part}.JPEG').write_bytes(jpeg(image))
+def test_downsampled_imagenet_from_the_original_images(tmp_path):
+    rng, wnids = np.random.default_rng(0), ('n00000001', 'n00000000')
+    files = {f'{part}/{wnid}/{part}.JPEG': jpeg(rng.integers(256, size=(90, 120, 3), dtype=np.uint8))
+             for part in ('train', 'val') for wnid in wnids}
+    write_tree(tmp_path / 'imagenet2012', files)
     data.prepare('ImageNet1k_x32', tmp_path)
     (images, labels), _, about = data.read_arrays('ImageNet1k_x32', tmp_path / 'ImageNet1k_x32')
-    source = Image.open(tmp_path / 'imagenet2012/train/n00000000/train.JPEG').convert('RGB')
+    source = Image.open(io.BytesIO(files['train/n00000000/train.JPEG'])).convert('RGB')
     assert np.array_equal(images[0], np.asarray(source.resize((32, 32), Image.BOX)))
     assert labels.tolist() == [0, 1] and 'sorted wnids' in about
 
 
-def test_ready_made_arrays_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
+def test_ready_made_arrays_are_checked(tmp_path):
     folder = tmp_path / 'CIFAR10_x32'
     folder.mkdir()
-    good = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
-
-    def refused(images, labels, words):
-        np.save(folder / 'train_images.npy', images)
-        np.save(folder / 'train_labels.npy', labels)
-        with pytest.raises(data.UserError, match=words):
-            data.read_arrays('CIFAR10_x32', folder)
-    data.save_arrays(folder, 'test', *good)
-    refused(good[0].astype(np.float32), good[1], 'float32')
-    refused(good[0].transpose(0, 3, 1, 2), good[1], r'but uint8 .*32, 32, 3. is needed')
-    refused(good[0], good[1][:3], '4 images need int64')
-    refused(good[0], good[1].astype(np.int32), 'int32')
-    refused(good[0], good[1] + 10, 'labels 10 to 10, but the classes are 0 to 9')
-    data.save_arrays(folder, 'train', *good)
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
+    data.save_arrays(folder, 'test', images, labels)
+    for name, array, words in (
+            ('images', images.astype(np.float32), 'float32'), ('labels', labels.astype(np.int32), 'int32'),
+            ('images', images.transpose(0, 3, 1, 2), r'but uint8 .*32, 32, 3. is needed'),
+            ('labels', labels[:3], '4 images need int64'),
+            ('labels', labels + 10, 'labels 10 to 10, but the classes are 0 to 9')):
+        data.save_arrays(folder, 'train', images, labels)
+        np.save(folder / f'train_{name}.npy', array)
+        refused(words, data.read_arrays, 'CIFAR10_x32', folder)
+    data.save_arrays(folder, 'train', images, labels)
     os.truncate(folder / 'test_images.npy', 5000)
-    with pytest.raises(data.UserError, match='test_images.npy cannot be read.*Delete'):
-        data.read_arrays('CIFAR10_x32', folder)
+    refused('test_images.npy cannot be read.*Delete', data.read_arrays, 'CIFAR10_x32', folder)
     (folder / 'test_labels.npy').unlink()
-    with pytest.raises(data.UserError, match='lacks test_labels.npy'):
-        data.prepare('CIFAR10_x32', tmp_path)
+    refused('lacks test_labels.npy', data.prepare, 'CIFAR10_x32', tmp_path)
 
 
 def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
@@ -746,47 +735,34 @@ def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
     images, labels = arrays(100)[0], torch.arange(100) // 20
     data.save_arrays(tmp_path / 'Own', 'train', images, labels)
     data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
-    with pytest.raises(data.UserError, match='Own: val .* class 4. .* sorted by class, shuffle') as error:
-        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
-    says(str(error.value))
-    data.load('Own', tmp_path, 8, 8, 0, 'cpu', trained_elsewhere=True)
+    refused('Own: val .* class 4. .* sorted by class, shuffle', load, tmp_path, name='Own')
+    load(tmp_path, name='Own', trained_elsewhere=True)
     data.save_arrays(tmp_path / 'Own', 'train', images, labels[torch.randperm(100)])
-    assert len(data.load('Own', tmp_path, 8, 8, 0, 'cpu')[1]['val']) == 20
+    assert len(load(tmp_path, name='Own')[1]['val']) == 20
+    monkeypatch.setitem(data.SETS, 'Own', dict(size=28, classes=5, train=80, val=20, test=10))
+    refused('Own has images of 28 px, but the networks take 32 or 64', load, tmp_path, name='Own')
 
 
-def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch):
-    def refused(name, words, folder=tmp_path):
-        with pytest.raises(data.UserError, match=words) as error:
-            data.prepare(name, folder)
-        says(str(error.value))
-    for name in ('https_proxy', 'http_proxy'):  # one that nobody serves stands for a missing network
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')
-    (tmp_path / 'disk').symlink_to('/nowhere/disk')
-    refused('CIFAR10_x32', 'disk is a link to /nowhere/disk, which is not there. Is a', tmp_path / 'disk')
-    (tmp_path / 'imagenet2012').symlink_to('/nowhere/imagenet')
-    refused('imagenet2012', 'imagenet2012 is a link to /nowhere/imagenet')
-    (tmp_path / 'file').touch()
-    refused('CIFAR10_x32', 'file is a file, but a folder is needed', tmp_path / 'file')
-    (tmp_path / 'cifar-10-python.tar.gz').write_bytes(b'half')
-    refused('CIFAR10_x32', r'cifar-10-python.tar.gz is damaged .its MD5 differs')
+def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch, offline):
+    links = {'disk': '/nowhere/disk', 'imagenet2012': '/nowhere/imagenet'}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    write_tree(tmp_path, {'file': '', 'cifar-10-python.tar.gz': 'half'})
+    for name, folder, words in (
+            ('CIFAR10_x32', 'disk', 'disk is a link to /nowhere/disk, which is not there. Is a'),
+            ('imagenet2012', '', 'imagenet2012 is a link to /nowhere/imagenet'),
+            ('CIFAR10_x32', 'file', 'file is a file, but a folder is needed'),
+            ('CIFAR10_x32', '', 'cifar-10-python.tar.gz is damaged .its MD5 differs')):
+        refused(words, data.prepare, name, tmp_path / folder)
     from torchvision.datasets import CIFAR10
     roots = []  # where it is downloaded and extracted: another process may be at it, too
     with monkeypatch.context() as patch:
         patch.setattr(CIFAR10, 'download', lambda self: roots.append(Path(self.root)))
-        refused('CIFAR10_x32', 'is damaged')
+        refused('is damaged', data.prepare, 'CIFAR10_x32', tmp_path)
     assert roots and roots[0].parent.name.startswith('CIFAR10_x32.part.')
     monkeypatch.setitem(sys.modules, 'torchvision.datasets', None)  # an import of it fails
-    refused('CIFAR10_x32', 'torchvision cannot be imported .* Install the one that belongs to torch')
-    assert {p.name for p in tmp_path.iterdir()} == {'disk', 'imagenet2012', 'file', 'cifar-10-python.tar.gz'}
-    monkeypatch.setitem(data.SETS, 'Own', dict(size=28, classes=5, train=80, val=20, test=10))
-    with pytest.raises(data.UserError, match='Own has images of 28 px, but the networks take 32 or 64'):
-        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    monkeypatch.setattr(sys, 'argv', ['data.py', '--data-dir=~/here'])
-    monkeypatch.setattr(data, 'report', lambda data_dir: seen.append(data_dir))
-    seen = []
-    data.main()
-    assert seen == [tmp_path / 'here']
+    refused('torchvision cannot be imported .* Install', data.prepare, 'CIFAR10_x32', tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*links, 'file', 'cifar-10-python.tar.gz'}
 
 
 def test_a_preparation_leaves_those_of_others_alone(tmp_path):
@@ -801,34 +777,25 @@ def test_a_preparation_leaves_those_of_others_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [final] and second.exists()
 
 
-def test_a_killed_preparation_is_begun_anew(tiny, monkeypatch):
-    folder, _ = tiny
-    slow = ('import data, os, signal\n'
-            'data.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
-            f'data.prepare("TinyImageNet200_x64", {str(folder)!r})')
-    run('-c', slow, ok=-9)
-    assert len(list(folder.glob('TinyImageNet200_x64.part*'))) == 1
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x64', folder)
-    assert not list(folder.glob('*.part*'))
-    data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')
+def test_a_killed_preparation_is_begun_anew(tiny):
+    run('-c', 'import data, os, signal\ndata.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
+        f'data.prepare("TinyImageNet200_x64", {str(tiny)!r})', ok=-9)
+    assert len(list(tiny.glob('TinyImageNet200_x64.part*'))) == 1
+    data.prepare('TinyImageNet200_x64', tiny)
+    assert not list(tiny.glob('*.part*'))
+    data.read_arrays('TinyImageNet200_x64', tiny / 'TinyImageNet200_x64')
 
 
 def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-
-    def output(*words):
-        monkeypatch.setattr(sys, 'argv', ['data.py', *map(str, words), '--data-dir', str(small)])
-        data.main()
-        return capsys.readouterr().out
-    report = output()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'here').symlink_to(small)
+    main('data.py', '--data-dir=~/here')
+    report = capsys.readouterr().out
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
-    output('preview', 'CIFAR10_x32', tmp_path / 'sheet.png')
+    main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small)
     assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
     with pytest.raises(SystemExit, match='2'):
-        monkeypatch.setattr(sys, 'argv', ['data.py', 'preview', 'CIFAR10_x32', str(small / 'no' / 'a.png'),
-                                          '--data-dir', str(small)])
-        data.main()
+        main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'no' / 'a.png', '--data-dir', small)
     says(capsys.readouterr().err, 'No such file', 'a.png')
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
 
@@ -938,32 +905,6 @@ def test_training_crops_are_distributed_as_torchvisions():
             assert np.abs(deciles[0] - deciles[1]).max() < 0.05 * side, (column, deciles)
 
 
-def jpeg_train(folder, workers=0, rank=0, world=1, seed=7):
-    return data.load('imagenet2012', folder, 8, 4, seed, 'cpu', rank, world, workers=workers)[0]
-
-
-@pytest.mark.filterwarnings('ignore:This DataLoader will create')
-def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
-    whole = take(jpeg_train(imagenet).batches(0), 14)  # two epochs of six batches, and more
-    assert whole[0][0].shape == (8, 3, 224, 224) and whole[0][0].dtype == torch.uint8
-    for workers in (1, 3):
-        for a, b in zip(whole, take(jpeg_train(imagenet, workers).batches(0), 14), strict=True):
-            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    ranks = [take(jpeg_train(imagenet, 0, rank, 2).batches(0), 14) for rank in range(2)]
-    for a, *parts in zip(whole, *ranks, strict=True):
-        for k in range(2):
-            assert torch.equal(a[k], torch.cat([part[k] for part in parts]))
-    for a, b in zip(whole[5:], take(jpeg_train(imagenet).batches(5), 9), strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert not torch.equal(whole[0][0], next(jpeg_train(imagenet, seed=8).batches(0))[0])
-    first, second = (torch.cat([labels for _, labels in whole[i:i + 6]]) for i in (0, 6))
-    assert torch.bincount(first).max() <= 5 and not torch.equal(first, second)
-    seen = {x.numpy().tobytes() for images, _ in whole for x in images}
-    assert len(seen) == 14 * 8  # other crops in every epoch
-
-
 def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
     monkeypatch.setattr(data, 'CGROUPS', tmp_path)
@@ -983,27 +924,11 @@ def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch):
         assert data.default_workers() == workers
 
 
-@pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
-def test_every_evaluation_file_once(imagenet, monkeypatch, batch, world, workers):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    ranks = []
-    for rank in range(world):
-        evals = data.load('imagenet2012', imagenet, 8, batch, 0, 'cpu', rank, world, workers=workers)[1]
-        ranks.append(list(evals['val']))
-    assert len(evals['val']) == 22 and len({len(batches) for batches in ranks}) == 1
-    images, labels = (torch.cat([pair[k] for batches in ranks for pair in batches]) for k in range(2))
-    assert len(images) == len(ranks[0]) * batch * world
-    images, labels = images[labels >= 0], labels[labels >= 0]
-    assert labels.bincount().tolist() == [2] * 11 and len({x.numpy().tobytes() for x in images}) == 22
-
-
-def test_test_sets_of_imagenet(imagenet, monkeypatch):
+def test_test_sets_of_imagenet(imagenet):
     """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
     import imagenet2012
-    with pytest.raises(data.UserError, match='holds 55 of 1281167 images, in 11 of 1000 classes'):
-        data.prepare('imagenet2012', imagenet)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    _, evals, _ = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=0)
+    refused('holds 55 of 1281167 .* in 11 of 1000', data.prepare, 'imagenet2012', imagenet, whole=True)
+    _, evals, _ = load(imagenet)
     assert list(evals) == ['val', 'IN-V2', 'IN-R']
     assert evals['IN-V2'].images.labels.tolist() == [0, 1, 10, 2] and evals['IN-V2'].absent is None
     assert evals['IN-R'].images.labels.tolist() == [1, 1, 2, 2]
@@ -1013,11 +938,8 @@ def test_test_sets_of_imagenet(imagenet, monkeypatch):
     restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
     assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
     folder = imagenet / 'imagenet-r'
-    with pytest.raises(data.UserError, match='n00000002 is not one of the 2 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS[:2], 200, 30000)
-    monkeypatch.delenv(data.INCOMPLETE)
-    with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 classes'):
-        data.open_folder(folder, data.list_images(folder), WNIDS, 200, 30000)
+    for wnids, words in ((WNIDS[:2], 'n00000002 '), (WNIDS, 'holds 4 of 30000 images, in 2 of 200 classes')):
+        refused(words, data.open_folder, folder, data.list_images(folder), wnids, 200, 30000, whole=True)
 
 
 def kaggle(files, csv, home=''):
@@ -1056,10 +978,10 @@ TREES = {  # below --data-dir, and whether the order of all 1000 classes is know
 
 
 @pytest.mark.parametrize('layout', TREES)
-def test_layouts_of_imagenet(tmp_path, monkeypatch, layout):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
+def test_layouts_of_imagenet(tmp_path, layout):
     files, known = TREES[layout]
     write_tree(tmp_path, files)
+    clutter(tmp_path)
     if layout == 'kaggle linked':
         (tmp_path / 'imagenet2012').symlink_to(tmp_path / 'kaggle/ILSVRC/Data/CLS-LOC')
     parts, wnids, _ = data.open_imagenet(tmp_path)
@@ -1070,49 +992,32 @@ def test_layouts_of_imagenet(tmp_path, monkeypatch, layout):
         sorted(of_val.values()) == sorted(VAL) and layout in ('names of hubs', 'empty folders'))
     if layout != 'val alone':
         assert [wnids[label] for label in parts['train'].labels] == sorted([*{*VAL}] * 2)
-    given = dict(trained_elsewhere=True, workers=0)
     if known:  # few classes, but each in its place among all: weights that always say 3 are right twice
-        val = data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)[1]['val']
+        val = load(tmp_path, batch=4, trained_elsewhere=True)[1]['val']
         assert sorted(val.images.labels.tolist()) == [1, 3, 3, 7]
     else:
-        with pytest.raises(data.UserError, match='has 3 of the 1000 classes .*unpack imagenet2012') as error:
-            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)
-        says(str(error.value))
-        data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)  # but good for a trial
-    shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003', ignore_errors=True)
+        refused('has 3 of the 1000 classes .*unpack', load, tmp_path, batch=4, trained_elsewhere=True)
+        load(tmp_path, batch=4)  # but good for a trial
     if layout in ('kit', 'names of hubs'):
-        with pytest.raises(data.UserError, match='imagenet2012: val has images of 1 classes that no '):
-            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)
+        shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003')
+        refused('imagenet2012: val has images of 1 classes that no ', load, tmp_path, batch=4)
 
 
-def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
+def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, capsys):
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
     shutil.copy(imagenet / 'meta.mat', tmp_path)
     class_folders(tmp_path / 'imagenet-sketch/sketch', WNIDS[:2], 1)
     class_folders(tmp_path / 'imagenet-a', ['n99999999'], 1)
     (tmp_path / 'imagenet-r').mkdir()
-    (tmp_path / 'imagenetv2-matched-frequency-format-val').mkdir()
-    (tmp_path / 'imagenetv2-matched-frequency-format-val/a.jpeg').touch()
-    evals, about = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1:]
+    write_tree(tmp_path, {'imagenetv2-matched-frequency-format-val/a.jpeg': ''})
+    evals, about = load(tmp_path)[1:]
     assert list(evals) == ['val', 'IN-Sketch'] and evals['IN-Sketch'].images.labels.tolist() == [0, 1]
     assert f'decoded by {data.jpeg_decoder()[0]}' in about
     left_out = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in left_out] == ['IN-V2', 'IN-R', 'IN-A']
     assert evals['IN-Sketch'].absent is None
-    absent = data.load('imagenet2012', imagenet, 8, 4, 0, 'meta', workers=0)[1]['IN-R'].absent
+    absent = load(imagenet, device='meta')[1]['IN-R'].absent
     assert absent.device.type == 'meta' and absent.dtype == torch.bool  # where the logits are
-
-
-def test_the_list_of_files_is_whole_or_not_there(tmp_path, monkeypatch):
-    class_folders(tmp_path / 'train', WNIDS[:2], 2)
-
-    def full(file, **arrays):
-        file.write(b'half')
-        raise OSError('No space left')
-    monkeypatch.setattr(np, 'savez', full)
-    assert len(data.list_images(tmp_path / 'train')[1]) == 4
-    assert [path.name for path in tmp_path.iterdir()] == ['train']
 
 
 @pytest.mark.parametrize('where', ['loader', 'main'])
@@ -1148,19 +1053,25 @@ if __name__ == '__main__':
 
 
 def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
     at_exit = set()
     monkeypatch.setattr(data, 'atexit', SimpleNamespace(register=at_exit.add, unregister=at_exit.remove))
-    val = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=1)[1]['val']
-    batches = iter(val)
+    batches = iter(load(imagenet, workers=1)[1]['val'])
     next(batches)
     assert at_exit and multiprocessing.active_children()
     batches.close()
     assert not at_exit and not multiprocessing.active_children()
 
 
-def test_the_list_of_files_follows_the_folders(tmp_path):
+def test_the_list_of_files_follows_the_folders_and_is_whole_or_not_there(tmp_path, monkeypatch):
     class_folders(tmp_path / 'train', WNIDS[:2], 2)
+
+    def full(file, **arrays):
+        file.write(b'half')
+        raise OSError('No space left')
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'savez', full)
+        assert len(data.list_images(tmp_path / 'train')[1]) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ['train']
     before = data.list_images(tmp_path / 'train')
     assert (tmp_path / 'train-index.npz').exists()
     for a, b in zip(before, data.list_images(tmp_path / 'train'), strict=True):
@@ -1171,73 +1082,62 @@ def test_the_list_of_files_follows_the_folders(tmp_path):
     assert len(data.list_images(tmp_path / 'train')[1]) == 5
 
 
+def write_tar(path, files, mode='w'):
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
 @pytest.fixture
 def archives(tmp_path):
     """The official archives, small: training tars in a tar, flat val, development kit with a MATLAB file."""
-    rng = np.random.default_rng(0)
-
-    def tar(path, files, mode='w'):
-        with tarfile.open(path, mode) as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    inner = {}
-    for wnid in WNIDS[:5]:
-        tar(tmp_path / 'inner', {f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)})
-        inner[f'./{wnid}.tar'] = (tmp_path / 'inner').read_bytes()
-    tar(tmp_path / data.ARCHIVES[0], inner)
-    order = [3, 1, 4, 0, 2]  # the kit has an order of its own
-    truth = [1, 5, 2, 2, 3, 4] * 9000
-    kit = {'meta.mat': meta_mat(WNIDS[i] for i in order), '../../evil': b'x',
-           'ILSVRC2012_validation_ground_truth.txt': '\n'.join(map(str, truth[:50000])).encode()}
-    tar(tmp_path / data.ARCHIVES[2], {f'ILSVRC2012_devkit_t12/data/{k}': v for k, v in kit.items()}, 'w:gz')
-    images = {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)}
-    tar(tmp_path / data.ARCHIVES[1], images | {'/tmp/evil.JPEG': b'x'})
-    return tmp_path, [order[i - 1] for i in truth[:6]]
+    rng, (train, val, kit) = np.random.default_rng(0), (tmp_path / name for name in data.ARCHIVES)
+    write_tar(train, {f'./{wnid}.tar': write_tar(train, {
+        f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)}) for wnid in WNIDS[:5]})
+    write_tar(val, {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)} | {
+        '/tmp/evil.JPEG': b'x'})
+    order, truth = [3, 1, 4, 0, 2], [1, 5, 2, 2, 3, 4]  # the kit has an order of its own
+    write_tar(kit, {f'ILSVRC2012_devkit_t12/data/{name}': content for name, content in {
+        'meta.mat': meta_mat(WNIDS[i] for i in order), '../../evil': b'x',
+        'ILSVRC2012_validation_ground_truth.txt': b'%d\n' * 50000 % (*(truth * 9000)[:50000],)}.items()}, 'w:gz')
+    return tmp_path, [order[i - 1] for i in truth]
 
 
-def test_official_archives_and_flat_val(archives, monkeypatch):
+def test_official_archives_and_flat_val(archives):
     folder, val_labels = archives
-    with pytest.raises(data.UserError, match='unpack imagenet2012.* --synthetic'):
-        data.prepare('imagenet2012', folder)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    half = folder / 'imagenet2012/train' / WNIDS[0]  # extracted in part, the second file not to its end
-    half.mkdir(parents=True)
-    (half / f'{WNIDS[0]}_1.JPEG').write_bytes(b'xx')
-    (folder / 'imagenet2012/val').mkdir()
-    (folder / data.ARCHIVES[1]).rename(folder / 'imagenet2012/val' / data.ARCHIVES[1])
+    root, val_tar = folder / 'imagenet2012', folder / data.ARCHIVES[1]
+    refused('unpack imagenet2012.* --synthetic', data.prepare, 'imagenet2012', folder, whole=True)
+    write_tree(root, {f'train/{WNIDS[0]}/{WNIDS[0]}_1.JPEG': 'xx'})  # half of a file
+    (root / 'val').mkdir()
+    val_tar.rename(root / 'val' / val_tar.name)
     data.unpack_imagenet(folder)
     parts, wnids, _ = data.open_imagenet(folder)
     assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert data.decode_tensor(*parts['train'].read(1)).shape == (3, 80, 90)
     assert parts['val'].labels.tolist() == val_labels and len(data.decode_tensor(*parts['val'].read(5))) == 3
-    before = {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
+    before = {file: file.stat().st_mtime_ns for file in root.rglob('*.JPEG')}
     data.unpack_imagenet(folder)  # adds nothing
-    assert before == {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
+    assert before == {file: file.stat().st_mtime_ns for file in root.rglob('*.JPEG')}
     assert not list(folder.rglob('*evil*')) and not list(folder.rglob('*.part*'))
-    (folder / 'imagenet2012/val/other.jpg').touch()
-    with pytest.raises(data.UserError, match='nothing says the class of other.jpg'):
-        data.open_imagenet(folder)
-    (folder / 'imagenet2012/val/other.jpg').unlink()
-    (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 128 + b'\x0fdamaged')
-    with pytest.raises(data.UserError, match='meta.mat cannot be read'):
-        data.open_imagenet(folder)
-    monkeypatch.delenv(data.INCOMPLETE)
-    (folder / 'imagenet2012/val' / WNIDS[0]).mkdir()  # sorted by somebody, who was stopped
-    with pytest.raises(data.UserError, match='only 0 images in them. Delete .*val, then run this again'):
-        data.unpack_imagenet(folder)
-    (folder / 'imagenet2012/val' / data.ARCHIVES[1]).rename(folder / data.ARCHIVES[1])
+    (root / 'val/other.jpg').touch()
+    refused('nothing says the class of other.jpg', data.open_imagenet, folder)
+    (root / 'val/other.jpg').unlink()
+    (root / 'ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 128 + b'\x0fdamaged')
+    refused('meta.mat cannot be read', data.open_imagenet, folder)
+    (root / 'val' / WNIDS[0]).mkdir()  # sorted by somebody, who was stopped
+    refused('only 0 images in them. Delete .*val', data.unpack_imagenet, folder, whole=True)
+    (root / 'val' / val_tar.name).rename(val_tar)
+    shutil.rmtree(root)
     for archive in data.ARCHIVES:
         os.truncate(folder / archive, 700)
-    with pytest.raises(data.UserError, match='is damaged .*Fetch it again'):
-        shutil.rmtree(folder / 'imagenet2012')
-        data.unpack_imagenet(folder)
+    refused('is damaged .*Fetch it again', data.unpack_imagenet, folder)
 
 
 @pytest.mark.parametrize('short_side', [None, 64])
-def test_pack(imagenet, tmp_path, monkeypatch, short_side):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
+def test_pack(imagenet, tmp_path, short_side):
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
     files = data.open_imagenet(tmp_path)[0]
     data.pack_imagenet(tmp_path, short_side)
@@ -1252,18 +1152,14 @@ def test_pack(imagenet, tmp_path, monkeypatch, short_side):
                 assert np.array_equal(a, b)
             else:
                 assert min(data.decode_tensor(b, '').shape[1:]) == 64
-    with pytest.raises(data.UserError, match='is there already'):
-        data.pack_imagenet(tmp_path)
+    refused('is there already', data.pack_imagenet, tmp_path)
     os.truncate(tmp_path / 'imagenet2012-pack/train.bin', 500)
-    with pytest.raises(data.UserError, match='train.bin has 500 bytes'):
-        data.open_imagenet(tmp_path)
+    refused('train.bin has 500 bytes', data.open_imagenet, tmp_path)
 
 
 def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, monkeypatch, capsys):
     from torchvision.models import resnet18
     from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
-
-    import imagenet2012
     torch.manual_seed(0)
     net = resnet18().eval()
     torch.save(net.state_dict(), tmp_path / 'resnet18.pth')
@@ -1273,33 +1169,28 @@ def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_pat
     with torch.no_grad():
         logits = net(torch.stack([usual(Image.open(file)) for file in files]))
     labels = torch.tensor([WNIDS.index(file.parent.name) for file in files])
-    command = ['imagenet2012.py', '--data-dir', imagenet, '--precision', 'fp32', '--device', 'cpu',
-               '--batch', 8, '--workers', 0, '--eval', tmp_path / 'resnet18.pth']
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    monkeypatch.setattr(sys, 'argv', [*map(str, command)])
-    once, evaluated = data.JpegEvalBatches.__iter__, []
-    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: evaluated.append(x) or once(x))
-    imagenet2012.main()
+    trial = Trial(tmp_path, 'imagenet2012.py', '--data-dir', imagenet, '--precision', 'fp32', '--batch', 8,
+                  '--device', 'cpu', '--workers', 0, '--eval', tmp_path / 'resnet18.pth')
+    once, sets = data.JpegEvalBatches.__iter__, []
+    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: sets.append(x) or once(x))
+    trial.main()
     printed = capsys.readouterr().out
-    assert len(evaluated) == len(printed.splitlines()) == 3
+    assert len(sets) == len(printed.splitlines()) == 3
     accuracy, nll = re.search(r'^val +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
     assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
     assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
-    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--depth', '34'])
-    with pytest.raises(data.UserError, match='does not fit --depth'):
-        imagenet2012.main()
+    refused('does not fit --depth', trial.main, '--depth', 34)
     (tmp_path / 'imagenet2012').mkdir()  # val alone is enough
     (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
     shutil.copy(imagenet / 'meta.mat', tmp_path)
-    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--data-dir', str(tmp_path)])
-    imagenet2012.main()
+    trial.main('--data-dir', tmp_path)
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
 
 
 def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    shutil.copytree(imagenet / 'imagenet2012', tmp_path / 'imagenet2012')
-    batches = jpeg_train(tmp_path, 1).batches(0)
+    root = tmp_path / 'imagenet2012'
+    shutil.copytree(imagenet / 'imagenet2012', root)
+    batches = load(tmp_path, workers=1)[0].batches(0)
     next(batches)
     for child in multiprocessing.active_children():
         child.kill()
@@ -1311,24 +1202,18 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
         raise RuntimeError('device-side assert')
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
         patch.setattr(data, 'to_device', broken)  # this is no loader's fault
-        next(jpeg_train(tmp_path, 0).batches(0))
-    for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
+        next(load(tmp_path)[0].batches(0))
+    for file in (root / 'train').rglob('*_4.JPEG'):
         os.truncate(file, 900)
     for workers in (0, 2):
-        with pytest.raises(data.UserError, match=r'_4.JPEG is damaged') as error:
-            take(jpeg_train(tmp_path, workers).batches(0), 6)
-        says(str(error.value))
+        refused('_4.JPEG is damaged', take, load(tmp_path, workers=workers)[0].batches(0), 6)
         assert not multiprocessing.active_children()  # they would keep the program from ending
-    with pytest.raises(data.UserError, match=r'_4.JPEG is damaged'):
-        data.pack_imagenet(tmp_path, 256)
-    victim = next((tmp_path / 'imagenet2012/val').rglob('*_0.JPEG'))
-    evals = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1]
-    victim.unlink()
-    with pytest.raises(data.UserError, match='_0.JPEG: No such file'):
-        list(evals['val'])
-    shutil.rmtree(tmp_path / 'imagenet2012/val')
-    with pytest.raises(data.UserError, match='no images of imagenet2012 for val'):
-        main('imagenet2012.py', '--batch', 4, '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs')
+    refused('_4.JPEG is damaged', data.pack_imagenet, tmp_path, 256)
+    val = load(tmp_path)[1]['val']
+    next((root / 'val').rglob('*_0.JPEG')).unlink()
+    refused('_0.JPEG: No such file', list, val)
+    shutil.rmtree(root / 'val')
+    refused('no images of imagenet2012 for val', load, tmp_path)
 
 
 # ---- logs/table.py ----
@@ -2085,10 +1970,9 @@ def test_a_full_disk_leaves_what_was_saved(trial, whole, disk, capsys):
 
 
 def test_a_full_disk_in_the_preparation(tiny, disk):
-    folder, _ = tiny
     disk(80)
-    shutil.move(folder / 'tiny-imagenet-200.zip', folder / 'aside.zip')
-    (disk.folder / 'tiny-imagenet-200.zip').symlink_to(folder / 'aside.zip')
+    (tiny / 'tiny-imagenet-200.zip').rename(tiny / 'aside.zip')
+    (disk.folder / 'tiny-imagenet-200.zip').symlink_to(tiny / 'aside.zip')
     refused('could not be prepared .*No space left', data.prepare, 'TinyImageNet200_x64', disk.folder)
     assert not list(disk.folder.glob('TinyImageNet*'))
 
@@ -2320,7 +2204,7 @@ def fuzz(count, folder, seed):
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
     originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
                  'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': jpeg(np.asarray(photo))}
-    write_tiny(folder / 'tiny-imagenet-200.zip')
+    write_zip(folder / 'tiny-imagenet-200.zip', TINY_ZIP)
     originals['zip'] = (folder / 'tiny-imagenet-200.zip').read_bytes()
     evil = [pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'']
     bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
@@ -2382,7 +2266,6 @@ def fuzz(count, folder, seed):
 
 
 def test_damaged_files_are_refused(tmp_path, monkeypatch, recwarn):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.chdir(tmp_path)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for kind, outcomes in fuzz(25, tmp_path, seed=0).items():
