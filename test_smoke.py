@@ -8,6 +8,7 @@ import collections
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -511,9 +512,10 @@ def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
 
 # ---- data.py: preparation ----
 
-def jpeg(image, quality=90):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'JPEG', quality=quality)
+def encoded(image, kind='JPEG', **options):
+    """The bytes of a file with this image, an array or an Image."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer := io.BytesIO(), kind, **options)
     return buffer.getvalue()
 
 
@@ -544,8 +546,8 @@ def tiny_files():
     for i, wnid in enumerate(wnids):
         for j in range(4):
             image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
-            files[f'train/{wnid}/images/{wnid}_{j}.JPEG'] = jpeg(image[:, :, 0] if j == 3 else image)
-        files[f'val/images/val_{i}.JPEG'] = jpeg(image)
+            files[f'train/{wnid}/images/{wnid}_{j}.JPEG'] = encoded(image[:, :, 0] if j == 3 else image)
+        files[f'val/images/val_{i}.JPEG'] = encoded(image)
     files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\t{w}\t0\t0\n' for i, w in enumerate(wnids))
     return files
 
@@ -699,7 +701,7 @@ def test_checkpoints_run_nothing(tmp_path, monkeypatch):
 
 def test_downsampled_imagenet_from_the_original_images(tmp_path):
     rng, wnids = np.random.default_rng(0), ('n00000001', 'n00000000')
-    files = {f'{part}/{wnid}/{part}.JPEG': jpeg(rng.integers(256, size=(90, 120, 3), dtype=np.uint8))
+    files = {f'{part}/{wnid}/{part}.JPEG': encoded(rng.integers(256, size=(90, 120, 3), dtype=np.uint8))
              for part in ('train', 'val') for wnid in wnids}
     write_tree(tmp_path / 'imagenet2012', files)
     data.prepare('ImageNet1k_x32', tmp_path)
@@ -808,13 +810,10 @@ def picture(rng, height, width):
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
 
 
-def class_folders(root, names, count, sizes=((120, 160), (200, 150), (300, 400)), suffix='.JPEG'):
-    rng = np.random.default_rng(len(names))
-    for i, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for j in range(count):
-            image = picture(rng, *sizes[(i + j) % len(sizes)])
-            (root / name / f'{name}_{j}{suffix}').write_bytes(jpeg(image))
+def class_folders(root, names, count, suffix='.JPEG'):
+    rng, sizes = np.random.default_rng(len(names)), ((120, 160), (200, 150), (300, 400))
+    write_tree(root, {f'{name}/{name}_{j}{suffix}': encoded(picture(rng, *sizes[(i + j) % 3]), quality=90)
+                      for i, name in enumerate(names) for j in range(count)})
 
 
 ALL_WNIDS = [f'n{i:08}' for i in range(1000)]
@@ -842,42 +841,29 @@ def make_imagenet(folder):
     return folder
 
 
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return np.frombuffer(buffer.getvalue(), np.uint8).copy()
-
-
-@pytest.fixture(params=['torchvision', 'torchcodec', 'pillow'])
-def decoder(request, monkeypatch):
-    """Takes the better decoders away until this one is chosen."""
-    if request.param == 'torchcodec':
+@pytest.mark.parametrize('name,missing', [('torchvision', ()), ('torchcodec', ('torchvision.io',)),
+                                          ('pillow', ('torchvision.io', 'torchcodec.decoders'))])
+def test_all_kinds_of_files_are_decoded_as_pillow_does(name, missing, monkeypatch, recwarn):
+    if name == 'torchcodec':
         pytest.importorskip('torchcodec.decoders')
-    for better in {'torchcodec': ['torchvision.io'], 'pillow': ['torchvision.io', 'torchcodec.decoders']}.get(
-            request.param, ()):
-        monkeypatch.setitem(sys.modules, better, None)
-    data.jpeg_decoder.cache_clear()
-    yield request.param
-    data.jpeg_decoder.cache_clear()
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(data, 'jpeg_decoder', functools.cache(data.jpeg_decoder.__wrapped__))
+    assert data.jpeg_decoder()[0] == name
 
-
-def test_all_kinds_of_files_are_decoded_as_pillow_does(decoder, recwarn):
-    assert data.jpeg_decoder()[0] == decoder
-    image = Image.fromarray(picture(np.random.default_rng(0), 90, 120))
-    turned = Image.Exif()
+    def decoded(file, path='x'):
+        return data.decode_tensor(np.frombuffer(bytearray(file), np.uint8), path).permute(1, 2, 0)
+    image, turned = Image.fromarray(picture(np.random.default_rng(0), 90, 120)), Image.Exif()
     turned[0x0112] = 6  # the EXIF tag of orientation: to be ignored
-    files = [encoded(image.convert(mode), kind) for mode, kind in (
+    photo, _, _, png, *_ = files = [encoded(image.convert(mode), kind) for mode, kind in (
         ('RGB', 'JPEG'), ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'))]
-    files += [encoded(image, 'JPEG', exif=turned), encoded(image, 'JPEG', progressive=True)]
-    for file in files:
-        expected = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert('RGB'))
-        assert np.array_equal(data.decode_tensor(file, 'x').permute(1, 2, 0), expected)
+    for file in [*files, encoded(image, exif=turned), encoded(image, progressive=True)]:
+        assert np.array_equal(decoded(file), np.asarray(Image.open(io.BytesIO(file)).convert('RGB')))
     assert not recwarn.list  # torchvision has a DeprecationWarning for each image
-    deep = encoded(Image.fromarray(np.arange(0, 65536, 16, np.uint16).reshape(64, 64)), 'PNG')
-    assert np.array_equal(data.decode_tensor(deep, 'x')[1].flatten(), np.arange(4096) // 16)
-    for damaged in (files[0][:600], files[3][:300], np.zeros(0, np.uint8), np.zeros(99, np.uint8)):
-        with pytest.raises(data.UserError, match='some/where.JPEG is damaged'):
-            data.decode_tensor(damaged, 'some/where.JPEG')
+    deep = encoded(np.arange(0, 65536, 16, np.uint16).reshape(64, 64), 'PNG')
+    assert np.array_equal(decoded(deep)[..., 1].flatten(), np.arange(4096) // 16)
+    for damaged in (photo[:600], png[:300], b'', bytes(99)):
+        refused('some/where.JPEG is damaged', decoded, damaged, 'some/where.JPEG')
 
 
 def test_evaluation_crop_against_torchvision():
@@ -1096,13 +1082,13 @@ def archives(tmp_path):
     """The official archives, small: training tars in a tar, flat val, development kit with a MATLAB file."""
     rng, (train, val, kit) = np.random.default_rng(0), (tmp_path / name for name in data.ARCHIVES)
     write_tar(train, {f'./{wnid}.tar': write_tar(train, {
-        f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)}) for wnid in WNIDS[:5]})
-    write_tar(val, {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)} | {
+        f'{wnid}_{j}.JPEG': encoded(picture(rng, 80, 90)) for j in range(2)}) for wnid in WNIDS[:5]})
+    write_tar(val, {f'ILSVRC2012_val_{i:08}.JPEG': encoded(picture(rng, 60, 70)) for i in range(1, 7)} | {
         '/tmp/evil.JPEG': b'x'})
     order, truth = [3, 1, 4, 0, 2], [1, 5, 2, 2, 3, 4]  # the kit has an order of its own
-    write_tar(kit, {f'ILSVRC2012_devkit_t12/data/{name}': content for name, content in {
-        'meta.mat': meta_mat(WNIDS[i] for i in order), '../../evil': b'x',
-        'ILSVRC2012_validation_ground_truth.txt': b'%d\n' * 50000 % (*(truth * 9000)[:50000],)}.items()}, 'w:gz')
+    home, lines = 'ILSVRC2012_devkit_t12/data', b''.join(b'%d\n' % i for i in (truth * 9000)[:50000])
+    write_tar(kit, {f'{home}/meta.mat': meta_mat(WNIDS[i] for i in order), f'{home}/../../evil': b'x',
+                    f'{home}/ILSVRC2012_validation_ground_truth.txt': lines}, 'w:gz')
     return tmp_path, [order[i - 1] for i in truth]
 
 
@@ -1536,7 +1522,8 @@ def test_bench_measures_the_loader(imagenet, monkeypatch, capsys):
 
 # ---- runs: log and copies ----
 
-def test_a_run_learns_and_its_log_is_complete(tmp_path):
+def test_a_run_learns_and_its_log_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SETS, 'CIFAR10_x32', data.SETS['CIFAR10_x32'] | dict(val=500, test=500))
     trial = Trial(tmp_path, 'cifar10_x32.py', '--synthetic', '--iters', 40, '--batch', 64, '--lr', 0.1)
     trial.main()
     text, table, fields = trial.text, trial.rows, result(trial.text)
@@ -2203,7 +2190,7 @@ def fuzz(count, folder, seed):
     runs.write_checkpoint(folder / 'a.pt', config=config, **state)
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
     originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
-                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': jpeg(np.asarray(photo))}
+                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': encoded(photo)}
     write_zip(folder / 'tiny-imagenet-200.zip', TINY_ZIP)
     originals['zip'] = (folder / 'tiny-imagenet-200.zip').read_bytes()
     evil = [pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'']
@@ -2281,9 +2268,9 @@ README = (HERE / 'README.md').read_text()
 
 def test_readme_commands_run(imagenet, tmp_path, capsys):
     """Every command but the first two, which set the tests up; training is short, on generated images."""
-    short = f'--depth 20 --width 1 --synthetic --iters 2 --batch 16 --device cpu --log-dir {tmp_path}'.split()
+    short = f'--depth 20 --width 1 --synthetic --iters 1 --batch 16 --device cpu --log-dir {tmp_path}'.split()
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
-    blocks = re.findall(r'^```\n(.*?)^```', README, re.M | re.S)
+    blocks = [block for kind, block in re.findall(r'^```(\w*)\n(.*?)^```', README, re.M | re.S) if not kind]
     commands = [line for block in blocks[1:] for line in block.splitlines()]
     commands += re.findall(r'srun \.venv/bin/(.*)"', README)
     inline = [' '.join(command.split()) for command in re.findall(r'`((?:python|cp|diff) [^`]+)`', README)]
