@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from logs.run import Run, Stopped, check_finite, evaluation_lines, load_weights, plain_errors, set_up
+from logs.run import Run, Stopped, evaluation_lines, load_weights, plain_errors, set_up
 from resnet import STAGES, ResNet, parameters
 
-# ---- recipe: the only lines that differ between the seven scripts ----
+# ---- recipe: with the docstring, all that differs between the seven scripts ----
 DATASET = 'ImageNet1k_x64'
 DEPTH = 18            # 18 34 50 101 152, or 20 32 44 56 110
 WIDTH = 1             # multiplies the channels
@@ -33,9 +33,6 @@ WARMUP = 0.1          # of ITERS, linear from 0; a cosine to 0 follows
 EVAL_EVERY = 1000     # updates between evaluations and checkpoints; a tenth of --iters if that is less
 PRECISION = 'fp16'    # on CUDA; bf16 on a CPU that computes in it (AVX512-BF16, AMX), or else fp32
 # ==== identical in all seven scripts below this line (test_smoke.py) ====
-
-COLUMNS = '   iter         lr trn loss trn acc val acc val nll iter/min   img/s wait % skipped  elapsed\n'
-
 
 def lr_at(it, iters, peak):
     """Learning rate of update `it`, counted from 0: linear from 0 over the warm-up, then a cosine to 0."""
@@ -78,7 +75,7 @@ def parse_args():
 def average_running_statistics(net, ranks):
     """Each rank's batch norm saw its own images: evaluation and checkpoints take the mean over ranks."""
     for name, buffer in net.named_buffers():
-        if 'running' in name:
+        if 'running' in name:  # running_mean, running_var
             buffer.copy_(ranks.sum(buffer) / ranks.world)
 
 
@@ -96,6 +93,7 @@ def evaluate(net, forward, batches, ranks):
         if batches.absent is not None:  # classes of which the set has no images
             logits = logits.masked_fill(batches.absent, -math.inf)
         nll = F.cross_entropy(logits, labels, reduction='sum')
+        # the last batch is filled up with images of label -100, which count nowhere
         totals += torch.stack([(logits.argmax(1) == labels).sum(), nll, (labels >= 0).sum()])
     net.train()
     correct, nll, count = ranks.sum(totals).tolist()
@@ -103,34 +101,37 @@ def evaluate(net, forward, batches, ranks):
     return correct / count, nll / count
 
 
+COLUMNS = '   iter         lr trn loss trn acc val acc val nll iter/min   img/s wait % skipped  elapsed\n'
+
+
 def main():
     args = parse_args()
-    ranks = set_up(args, PRECISION)
+    ranks = set_up(args, PRECISION)  # fills in --device, --precision and --compile, too
     device, world = ranks.device, ranks.world
 
     # training batches, and evaluation sets by name: val, then tst or IN-V2 and others
     if not args.synthetic:
         ranks.rank_0_first(data.prepare, DATASET, args.data_dir)
-    per_pass = args.batch // world // args.accum  # images that go through the net at once
+    per_pass = args.batch // world // args.accum  # images that go through one rank's net at once
     trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                   ranks.rank, world, args.synthetic, args.workers,
-                                  trained_elsewhere=args.eval is not None)
+                                  trained_elsewhere=bool(args.eval))
 
     # network, optimizer and the two forward passes
-    torch.manual_seed(args.seed)
     facts = data.SETS[DATASET]
     shape = dict(depth=args.depth, width=args.width, image_size=facts['size'], num_classes=facts['classes'],
                  mean=facts['mean'], std=facts['std'])
+    torch.manual_seed(args.seed)  # of the initial weights; batches are functions of the seed themselves
     net = ResNet(**shape).to(device)
-    if args.device != 'mps':
+    if args.device != 'mps':  # whose batch norm is wrong for it
         net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), 0.0, MOMENTUM, weight_decay=args.wd,
-                                fused=args.device == 'cuda')
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=args.wd,
+                                fused=args.device == 'cuda')  # or the loss scaler would wait for it
     for p in net.parameters():  # fused SGD leaves it uninitialised if fp16 skips the first update
         optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == 'fp16')
     dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(args.precision)  # None: no autocast
-    model = net if world == 1 else DistributedDataParallel(
+    model = net if world == 1 else DistributedDataParallel(  # running statistics are averaged below instead
         net, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=args.accum == 1)
 
     def trn_forward(images, labels):
@@ -169,6 +170,7 @@ def main():
         stats += state['stats'].to(device) * (ranks.rank == 0)
         it, row_it, best_it, best_acc, best_nll = state['progress']
         best_net = state['best_net']
+        run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint
     run.begin(it, COLUMNS, trn, evals, about)
 
     def save():
@@ -176,10 +178,9 @@ def main():
                  stats=ranks.sum(stats).cpu(), progress=(it, row_it, best_it, best_acc, best_nll),
                  best_net=best_net)
 
-    if best_net:
-        run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint
     every = min(EVAL_EVERY, max(1, args.iters // 10))
-    batches, one = trn.batches(it), torch.ones((), device=device)
+    batches = trn.batches(it)
+    one = torch.ones((), device=device)  # scaled, it tells the loss scale without waiting for the device
     ranks.catch_signals()
     if args.compile:
         run.status('torch.compile works on the network: a minute for R20x1, several for R50x1')
@@ -190,15 +191,15 @@ def main():
                 with run.not_training('evaluating'):
                     average_running_statistics(net, ranks)
                     val_acc, val_nll = evaluate(net, evl_forward, evals['val'], ranks)
-                check_finite(loss, skipped, val_nll, scaler.get_scale(), row_it, it)
+                run.check_finite(loss, skipped, val_nll, scaler.get_scale(), row_it, it)
                 is_best = val_acc > best_acc
                 if is_best:
                     best_it, best_acc, best_nll = it, val_acc, val_nll
                     best_net = {name: t.clone() for name, t in net.state_dict().items()}
-                lr = sum(lr_at(i, args.iters, args.lr) for i in range(row_it, it)) / (it - row_it)
+                mean_lr = sum(lr_at(i, args.iters, args.lr) for i in range(row_it, it)) / (it - row_it)
                 seen = (it - row_it) * args.batch
                 iter_per_min, img_per_s, wait_percent, elapsed = run.new_row(it)
-                run.log(f'{it:7} {lr:10.3e} {loss / seen:8.4f} {correct / seen:7.4f} {val_acc:7.4f} '
+                run.log(f'{it:7} {mean_lr:10.3e} {loss / seen:8.4f} {correct / seen:7.4f} {val_acc:7.4f} '
                         f'{val_nll:7.4f} {iter_per_min:8.0f} {img_per_s:7.0f} {wait_percent:6.1f} '
                         f'{skipped:7.0f} {elapsed:>8}{" *" * is_best}\n')
                 row_it = it
@@ -209,16 +210,16 @@ def main():
                         run.save_best(best_it, best_acc, best_net)
             if it == args.iters:
                 break
-            ranks.check_signals()
+            ranks.check_signals()  # raises Stopped
 
             for group in optimizer.param_groups:
                 group['lr'] = lr_at(it, args.iters, args.lr)
             with run.waiting():
                 images, labels = next(batches)
             passes = zip(images.split(per_pass), labels.split(per_pass), strict=True)
-            for i, (images, labels) in enumerate(passes, 1):
+            for i, (x, y) in enumerate(passes, 1):
                 with model.no_sync() if world > 1 and i < args.accum else contextlib.nullcontext():
-                    loss, loss_and_correct = trn_forward(images, labels)
+                    loss, loss_and_correct = trn_forward(x, y)
                     scaler.scale(loss / args.accum).backward()
                 stats[:2] += loss_and_correct
             scale = scaler.scale(one)

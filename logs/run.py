@@ -60,8 +60,9 @@ def set_up(args, precision):
     if args.batch % (world * args.accum):
         raise UserError(f'--batch {args.batch} is not divisible by {world} ranks x {args.accum} passes.')
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    args.device = args.device or ('cuda' if cuda else 'mps' if mps else 'cpu')
+    native_bf16 = any(getattr(torch.cpu, name, bool)() for name in (  # private, so they may go
+        '_is_avx512_bf16_supported', '_is_amx_tile_supported'))
+    args.device = args.device or ('cuda' if cuda else 'mps' if mps and world == 1 else 'cpu')
     args.precision = args.precision or (
         precision if args.device == 'cuda' else 'bf16' if args.device == 'cpu' and native_bf16 else 'fp32')
     if args.device == 'cuda':
@@ -74,8 +75,9 @@ def set_up(args, precision):
         args.compile = can_compile() if args.compile is None else args.compile
         device, name = torch.device('cuda', local_rank), torch.cuda.get_device_name()
     else:
-        if args.device == 'mps' and not mps:
-            raise UserError(f'--device mps: torch {torch.__version__} finds none. Use --device cpu.')
+        if args.device == 'mps' and (not mps or world > 1):
+            reason = 'takes one rank only' if mps else f'torch {torch.__version__} finds none'
+            raise UserError(f'--device mps: {reason}. Use --device cpu.')
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
         cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
@@ -125,9 +127,10 @@ class Ranks:
         self.control = None  # a process group for flags and for waiting, which keeps off the device
         self.received, self.exchange = [], None
         if world > 1:
-            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+            nccl = device.type == 'cuda' and dist.is_nccl_available()  # not on Windows
+            dist.init_process_group('nccl' if nccl else 'gloo')
             self.control = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=2))
-            warnings.filterwarnings('ignore', '.*broadcast_buffers')  # torch 2.6 does not know its new name
+            warnings.filterwarnings('ignore', '.*broadcast_buffers')  # torch 2.6 lacks its new name
 
     def sum(self, tensor):
         """The sum of a tensor over all ranks, as a new tensor."""
@@ -221,7 +224,7 @@ class Run:
         args: its flags. ranks: Ranks.
         config: dict, what the run is: a checkpoint with another config is not resumed.
     Raises:
-        UserError: the folder cannot be written, another process has the log, or no checkpoint is good.
+        UserError: the folder cannot be written, or another process has the log.
     """
 
     def __init__(self, script, args, config, ranks):
@@ -238,7 +241,7 @@ class Run:
             self.log_path = open_log(folder, args.resume)
 
     def last_checkpoint(self):
-        """What save() was given last, on the CPU; None for a new run."""
+        """What save() was given last, on the CPU; None for a new run. Raises UserError if no file is good."""
         found = None
         if self.log_path:
             found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
@@ -254,6 +257,10 @@ class Run:
         columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
         """
         self.started = clock() - self.clocks['seconds']
+        sizes = ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
+        if (first := self.ranks.from_rank_0(sizes)) != sizes:  # machines may have disks of their own
+            raise UserError(f'rank {self.ranks.rank} finds {sizes} images, rank 0 {first}: give all machines '
+                            'the same data.')
         devices = f'{self.ranks.world} x {self.ranks.device_name}'
         if self.log_path:
             size = min(self.log_size, self.log_path.stat().st_size)
@@ -273,7 +280,7 @@ class Run:
             **self.config,
             **({'fp32 products': 'TF32'} if args.device == 'cuda' else {}),
             'compile': args.compile,
-            'images': ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items()),
+            'images': sizes,
             'images from': about,
             'ranks, passes': f'{ranks.world} x {args.accum} x {per_pass} images make a batch',
             'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
@@ -330,6 +337,20 @@ class Run:
         self.clocks['waited'] = 0.0
         return 60 * iter_per_s, self.args.batch * per_s, waited, duration(seconds)
 
+    def check_finite(self, loss, skipped, val_nll, scale, start, end):
+        """Ends the run with a FloatingPointError if it has diverged in the updates from `start` to `end`.
+
+        loss: summed over them. skipped: how many fp16 skipped. val_nll: after them. scale: the loss scale.
+        """
+        # an update that fp16 skips may have had an infinite loss
+        diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
+        if diverged or scale < 1:  # below 1 the gradients overflow fp16 by themselves
+            text = (f'the loss or its gradients were not finite in updates {start} to {end} (loss scale '
+                    f'{scale:g}): try a smaller --lr, or --precision bf16.'
+                    + f' The checkpoint of update {start} is good.' * (start > 0))
+            self.log(f'{text}\n')
+            raise FloatingPointError(text)
+
     def save(self, **state):
         """Writes <stamp>.last.pt; the one before it becomes <stamp>.prev.pt."""
         self.clocks['seconds'] = clock() - self.started
@@ -338,8 +359,8 @@ class Run:
             write_checkpoint(self.path('last'), self.path('prev'), config=self.config, run=run, **state)
 
     def save_best(self, it, val_acc, net):
-        """Writes <stamp>.best.pt: the weights, a state_dict."""
-        if self.log_path:
+        """Writes <stamp>.best.pt: the weights, a state_dict, if there are any yet."""
+        if self.log_path and net:
             write_checkpoint(self.path('best'), config=self.config, net=net, it=it, val_acc=val_acc)
 
     def finish(self, best_it, results, evals):
@@ -455,8 +476,11 @@ def read_checkpoint(path, config, *parts):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of a pickle's protocol: what can be said follows in a sentence
             state = torch.load(path, map_location='cpu', weights_only=True)
-        theirs = dict(state.get('config', config))
+        theirs = state.get('config')
+        theirs = theirs if isinstance(theirs, dict) and 'depth' in theirs else config
         state |= {part: state[part] for part in parts}
+    except MemoryError:
+        raise  # the file may be good
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = 'damaged, or another kind of file'
         if isinstance(error, OSError):
@@ -482,6 +506,8 @@ def read_last_checkpoint(last, previous, config):
         try:
             state = read_checkpoint(path, config, 'net', 'run')
         except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # a disk that does not answer: the file may be good
             problem = problem or error
             continue
         if path == last:
@@ -510,20 +536,6 @@ def load_weights(net, path, shape):
 
 
 # ---- errors ----
-
-def check_finite(loss, skipped, val_nll, scale, start, end):
-    """Raises FloatingPointError if training has diverged in the updates from `start` to `end`.
-
-    loss: summed over them. skipped: how many fp16 skipped. val_nll: after them. scale: the loss scale.
-    """
-    # an update that fp16 skips may have had an infinite loss
-    diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
-    if diverged or scale < 1:  # below 1 the gradients overflow fp16 by themselves
-        raise FloatingPointError(
-            f'the loss or its gradients were not finite in updates {start} to {end} (loss scale {scale:g}): '
-            'try a smaller --lr, or --precision bf16.'
-            + f' The checkpoint of update {start} is good.' * (start > 0))
-
 
 def in_plain_words(error):
     """One line for an error that users can do something about; '' for a fault of the program."""
