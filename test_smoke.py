@@ -520,10 +520,13 @@ def encoded(image, kind='JPEG', **options):
 
 
 def write_tree(root, files):
-    """Files below a folder; files: {path: content}."""
+    """Files below a folder; files: {path: content, or a Path that a link leads to}."""
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if isinstance(content, Path):
+            (root / name).symlink_to(content)
+        else:
+            (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def clutter(root):
@@ -533,10 +536,11 @@ def clutter(root):
             ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'), 'clutter'))
 
 
-def write_zip(path, files):
-    with zipfile.ZipFile(path, 'w') as archive:
+def zipped(files, home=''):
+    with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as archive:
         for name, content in files.items():
-            archive.writestr(name, content)
+            archive.writestr(home + name, content)
+    return buffer.getvalue()
 
 
 def tiny_files():
@@ -553,13 +557,13 @@ def tiny_files():
 
 
 TINY = tiny_files()
-TINY_ZIP = {f'tiny-imagenet-200/{name}': content for name, content in TINY.items()}
+TINY_ZIP = zipped(TINY, 'tiny-imagenet-200/')
 
 
 @pytest.fixture
 def tiny(tmp_path):
     """--data-dir with a small tiny-imagenet-200.zip."""
-    write_zip(tmp_path / 'tiny-imagenet-200.zip', TINY_ZIP)
+    write_tree(tmp_path, {'tiny-imagenet-200.zip': TINY_ZIP})
     return tmp_path
 
 
@@ -592,16 +596,17 @@ def sorted_val(files, pattern):
 
 @pytest.mark.parametrize('files', [
     sorted_val(TINY, 'val/{}/{}'), sorted_val(TINY, 'val/{}/images/{}'), sorted_val(TINY, 'val/images/{}/{}'),
-    TINY_ZIP, {name.replace('images/n', 'n'): x for name, x in TINY.items()},
+    {f'tiny-imagenet-200/{name}': x for name, x in TINY.items()},
+    {name.replace('images/n', 'n'): x for name, x in TINY.items()},
     {name: x.replace('\n', '\r\n') if name[0] in 'vw' and isinstance(x, str) else x
      for name, x in TINY.items() if name != 'words.txt'}], ids='sorted below above twice flat crlf'.split())
-@pytest.mark.parametrize('zipped', [False, True])
-def test_layouts_of_tiny_imagenet(tiny, files, zipped):
+@pytest.mark.parametrize('archive', [False, True])
+def test_layouts_of_tiny_imagenet(tiny, files, archive):
     data.prepare('TinyImageNet200_x64', tiny)
     usual, home = tiny / 'TinyImageNet200_x64', tiny / 'other' / 'tiny-imagenet-200'
     write_tree(home, files)
     clutter(home)
-    if zipped:  # the files lie on top, without a folder around them
+    if archive:  # the files lie on top, without a folder around them
         shutil.make_archive(home, 'zip', home)
         shutil.rmtree(home)
     data.prepare('TinyImageNet200_x64', home.parent)
@@ -609,25 +614,28 @@ def test_layouts_of_tiny_imagenet(tiny, files, zipped):
         assert (usual / file).read_bytes() == (home.parent / usual.name / file).read_bytes(), file
 
 
-def test_a_damaged_image_is_named(tmp_path):
-    name = 'train/n01/images/n01_2.JPEG'
-    write_tree(tmp_path / 'tiny-imagenet-200', TINY | {name: TINY[name][:600]})
-    refused('n01_2.JPEG is damaged', data.prepare, 'TinyImageNet200_x64', tmp_path)
-    assert not list(tmp_path.glob('TinyImageNet*'))
+HALF_TINY = {f'tiny-imagenet-200/{name}': content[:600] if name == 'train/n01/images/n01_2.JPEG' else content
+             for name, content in TINY.items()}
+UNKNOWN = TINY_ZIP.replace(b'PK\1\2\x14\3\x14', b'PK\1\2\x14\3\xff', 1)  # the version needed to read a member
 
 
-@pytest.mark.parametrize('member', ['../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'])
-def test_zip_members_outside_of_their_folder_are_refused(tmp_path, member):
-    write_zip(tmp_path / 'tiny-imagenet-200.zip', {member: 'x'})
-    refused('points outside', data.prepare, 'TinyImageNet200_x64', tmp_path)
-
-
-def test_a_zip_that_zipfile_does_not_know_is_refused(tiny):
-    path = tiny / 'tiny-imagenet-200.zip'
-    content = bytearray(path.read_bytes())
-    content[content.index(b'PK\1\2') + 6] = 255  # the version needed to read it
-    path.write_bytes(content)
-    refused('200.zip is damaged .*Fetch it again', data.prepare, 'TinyImageNet200_x64', tiny)
+@pytest.mark.parametrize('name,files,words', [
+    ('CIFAR10_x32', {}, '(?=.*cifar-10-python.tar.gz).*--synthetic'),
+    ('CIFAR10_x32', {'cifar-10-batches-py/data_batch_3': 'half of a file'},  # as after a broken copy
+     '(?=.*cifar-10-python.tar.gz)(?=.*data_batch_3 is damaged).*--synthetic'),
+    ('CIFAR10_x32', {'cifar-10-python.tar.gz': 'half'}, 'cifar-10-python.tar.gz is damaged .its MD5 differs'),
+    ('ImageNet1k_x32', {}, 'train_data_batch_1, .* not found in .* --synthetic'),
+    ('ImageNet1k_x32', {f'Imagenet32_train/train_data_batch_{i}': '' for i in range(1, 10)},
+     'train_data_batch_10, val_data not found'),
+    ('imagenet2012', {'imagenet2012': Path('/nowhere/x')}, 'imagenet2012 is a link to /nowhere/x'),
+    ('TinyImageNet200_x64', HALF_TINY, 'n01_2.JPEG is damaged'),
+    ('TinyImageNet200_x64', {'tiny-imagenet-200.zip': UNKNOWN}, '200.zip is damaged .*Fetch it again'),
+    *(('TinyImageNet200_x64', {'tiny-imagenet-200.zip': zipped({member: 'x'})}, 'points outside')
+      for member in ('../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'))])
+def test_missing_and_damaged_data_get_a_sentence(tmp_path, offline, name, files, words):
+    write_tree(tmp_path, files)
+    refused(words, data.prepare, name, tmp_path, whole='Tiny' not in name)
+    assert {path.name for path in tmp_path.iterdir()} == {path.split('/')[0] for path in files}  # no more
 
 
 def batch_file(rng, n, size):
@@ -640,11 +648,11 @@ def npz(**content):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize('size,folders,zipped,kind', [
+@pytest.mark.parametrize('size,folders,archive,kind', [
     (32, ['Imagenet32_train'], False, ''), (64, ['Imagenet64_train'], True, ''),
     (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, ''),
     (32, ['Imagenet32_train_npz'], False, '_npz'), (32, ['Imagenet32_train_npz'], True, '_npz')])
-def test_official_imagenet_batches(tmp_path, size, folders, zipped, kind):
+def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
     rng, name = np.random.default_rng(0), f'ImageNet1k_x{size}'
     train, val, files = [batch_file(rng, 5, size) for _ in range(10)], batch_file(rng, 7, size), {}
     for i, batch in enumerate([*train, val]):
@@ -653,7 +661,7 @@ def test_official_imagenet_batches(tmp_path, size, folders, zipped, kind):
         files.setdefault(home, {})[file + kind.replace('_', '.')] = npz(**batch) if kind else pickle.dumps(
             batch, protocol=2 + i % 4)
     for home, batches in files.items():
-        write_zip(tmp_path / f'{home}.zip', batches) if zipped else write_tree(tmp_path / home, batches)
+        write_tree(*((tmp_path, {f'{home}.zip': zipped(batches)}) if archive else (tmp_path / home, batches)))
     refused('holds 50 of 1281167', data.prepare, name, tmp_path, whole=True)
     data.prepare(name, tmp_path)
     (images, labels), (_, test_labels), about = data.read_arrays(name, tmp_path / name)
@@ -663,13 +671,6 @@ def test_official_imagenet_batches(tmp_path, size, folders, zipped, kind):
     assert (test_labels + 1).tolist() == val['labels'] and 'own order' in about
     trn, evals, _ = load(tmp_path, name=name)
     assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
-
-
-def test_missing_imagenet_batches_are_named(tmp_path):
-    for names, words in (((), 'train_data_batch_1, .* not found in .* --synthetic'),
-                         (range(1, 10), 'train_data_batch_10, val_data not found')):
-        write_tree(tmp_path, {f'Imagenet32_train/train_data_batch_{i}': '' for i in names})
-        refused(words, data.prepare, 'ImageNet1k_x32', tmp_path, whole=True)
 
 
 class Evil:
@@ -746,16 +747,9 @@ def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
 
 
 def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch, offline):
-    links = {'disk': '/nowhere/disk', 'imagenet2012': '/nowhere/imagenet'}
-    for name, target in links.items():
-        (tmp_path / name).symlink_to(target)
-    write_tree(tmp_path, {'file': '', 'cifar-10-python.tar.gz': 'half'})
-    for name, folder, words in (
-            ('CIFAR10_x32', 'disk', 'disk is a link to /nowhere/disk, which is not there. Is a'),
-            ('imagenet2012', '', 'imagenet2012 is a link to /nowhere/imagenet'),
-            ('CIFAR10_x32', 'file', 'file is a file, but a folder is needed'),
-            ('CIFAR10_x32', '', 'cifar-10-python.tar.gz is damaged .its MD5 differs')):
-        refused(words, data.prepare, name, tmp_path / folder)
+    write_tree(tmp_path, {'disk': Path('/nowhere/disk'), 'file': '', 'cifar-10-python.tar.gz': 'half'})
+    refused('disk is a link to /nowhere/disk, which ', data.prepare, 'CIFAR10_x32', tmp_path / 'disk')
+    refused('file is a file, but a folder is needed', data.prepare, 'CIFAR10_x32', tmp_path / 'file')
     from torchvision.datasets import CIFAR10
     roots = []  # where it is downloaded and extracted: another process may be at it, too
     with monkeypatch.context() as patch:
@@ -764,7 +758,7 @@ def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch, offline):
     assert roots and roots[0].parent.name.startswith('CIFAR10_x32.part.')
     monkeypatch.setitem(sys.modules, 'torchvision.datasets', None)  # an import of it fails
     refused('torchvision cannot be imported .* Install', data.prepare, 'CIFAR10_x32', tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*links, 'file', 'cifar-10-python.tar.gz'}
+    assert {path.name for path in tmp_path.iterdir()} == {'disk', 'file', 'cifar-10-python.tar.gz'}
 
 
 def test_a_preparation_leaves_those_of_others_alone(tmp_path):
@@ -2119,14 +2113,6 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
     says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
 
 
-@pytest.mark.parametrize('file', [None, 'data_batch_3'])
-def test_missing_and_damaged_cifar(tmp_path, file, offline):
-    if file:
-        write_tree(tmp_path, {f'cifar-10-batches-py/{file}': b'half of a file'})  # as after a broken copy
-    words = (file or '') + ' is damaged.*' * bool(file) + '--synthetic'
-    refused(f'(?=.*cifar-10-python.tar.gz).*{words}', data.prepare, 'CIFAR10_x32', tmp_path)
-
-
 def test_eval_reproduces_the_result(trial, whole, capsys):
     trial.main('--eval', whole.path('best'))
     assert capsys.readouterr().out == re.search('^val .*\ntst .*\n', whole.output, re.M)[0]
@@ -2189,14 +2175,12 @@ def fuzz(count, folder, seed):
     state = {'net': {f'layer{i}': torch.randn(20, 30) for i in range(9)}, 'run': {'rows': [(1, 2.0)]}}
     runs.write_checkpoint(folder / 'a.pt', config=config, **state)
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
-    originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
-                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': encoded(photo)}
-    write_zip(folder / 'tiny-imagenet-200.zip', TINY_ZIP)
-    originals['zip'] = (folder / 'tiny-imagenet-200.zip').read_bytes()
-    evil = [pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'']
-    bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
+    originals = {'checkpoint': (folder / 'a.pt').read_bytes(), 'zip': TINY_ZIP, 'jpeg': encoded(photo),
+                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3)}
     torch.save({'config': Evil()}, folder / 'evil.pt')
-    others = [*originals.values(), *evil, bomb, (folder / 'evil.pt').read_bytes()]
+    bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
+    others = [*originals.values(), pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'',
+              bomb, (folder / 'evil.pt').read_bytes()]
 
     def checkpoint():
         read = runs.read_checkpoint(path, config)
@@ -2212,18 +2196,17 @@ def fuzz(count, folder, seed):
         pixels = data.decode(path.read_bytes(), path)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
-    def prepared():
+    def archive(content=None):
+        (folder / 'tiny-imagenet-200.zip').write_bytes(content or path.read_bytes())
         shutil.rmtree(folder / 'TinyImageNet200_x64', ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):
             data.prepare('TinyImageNet200_x64', folder)
         parts = data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')[:2]
-        return {(image.tobytes(), label) for images, labels in parts
-                for image, label in zip(images.numpy(), labels.tolist(), strict=True)}
-    all_images = prepared()
-
-    def archive():
-        path.rename(folder / 'tiny-imagenet-200.zip')
-        assert prepared() <= all_images
+        found = {(image.tobytes(), label) for images, labels in parts
+                 for image, label in zip(images.numpy(), labels.tolist(), strict=True)}
+        assert content or found <= all_images
+        return found
+    all_images = archive(TINY_ZIP)
 
     def hung(number, frame):
         raise Hung
