@@ -97,10 +97,15 @@ def refused(words, function, *args, whole=False, **options):
 
     whole: nothing says that a part of a data set will do.
     """
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(data.UserError, match=words) as error:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv(data.INCOMPLETE, '' if whole else '1')
-        function(*args, **options)
-    says(str(error.value))
+        try:
+            function(*args, **options)
+        except data.UserError as error:  # pytest.raises would keep it, and what is open in its frames
+            says(str(error))
+            assert re.search(words, str(error)), f'{words!r} is not in: {error}'
+        else:
+            raise AssertionError(f'not refused: {words}')
 
 
 def rows(text):
@@ -1051,10 +1056,9 @@ def test_a_run_whose_output_nobody_reads_goes_on(trial, shell):
 # ---- wrong input, losses that are not finite ----
 
 def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
-    text, evil, file, model = (tmp_path / name for name in ('text', 'evil.pt', 'x.safetensors', 'model.pt'))
+    text, file, model = (tmp_path / name for name in ('text', 'x.safetensors', 'model.pt'))
     for path in (text, file):
         path.write_text('no checkpoint')
-    torch.save({'config': Evil()}, evil)
     torch.save(torch.nn.Linear(2, 2), model)
     (tmp_path / 'home').symlink_to(small)
     monkeypatch.chdir(tmp_path)
@@ -1069,7 +1073,6 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
             (['--compile', '--accum', 2], dict(TORCHINDUCTOR_CUDAGRAPHS=1), 'CUDA graphs .*unset'),
             ([*here, '--eval', whole.path('best'), '--depth', 32], {}, 'depth 20.* 32'),
             ([*here, '--eval', text], {}, 'as a checkpoint .*another kind of file'),
-            ([*here, '--eval', evil], {}, 'as a checkpoint .*whose code is not run'),
             ([*here, '--eval', model], {}, r'as a checkpoint .*save the state_dict\(\)'),
             ([*here, '--eval', file], {}, 'as a checkpoint .*a safetensors file'),
             ([*here, '--eval', tmp_path / 'none'], {}, 'No such file'),
@@ -1080,7 +1083,6 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
             (['--data-dir=~/home', '--batch', 512], dict(HOME=tmp_path, WORLD_SIZE=''), '204'),
             *([] if torch.cuda.is_available() else [(['--device', 'cuda'], {}, 'GPU.*--device cpu')])):
         refused(words, main, *SHORT, '--log-dir', tmp_path, *flags, **env)
-    assert not (tmp_path / 'evil').exists()
     for flags, words in ((['--depth', 19], 'choose from 18, 20, 32'),
                          (['--iter', 9], 'unrecognized arguments: --iter')):  # no guessing
         with pytest.raises(SystemExit, match='2'):
