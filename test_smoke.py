@@ -983,7 +983,7 @@ def test_an_error_ends_the_program_and_its_loader_processes(imagenet, where):
         if {where!r} == 'loader':
             data.random_crop = broken
         main()''', ok=1)
-    assert time.monotonic() - began < 15  # the start included
+    assert time.monotonic() - began < 30  # the start included
     assert 'RuntimeError: a crop of a wrong shape' in text and 'process died' not in text
     assert 'in broken' in text and ('pids' in text) == (where == 'main')
     for pid in re.findall(r'\d+', text.partition('pids')[2].partition('\n')[0]):
@@ -1153,7 +1153,7 @@ def test_ready_made_arrays_are_checked(tmp_path):
 def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     own = dict(size=32, classes=5, train=80, val=20, test=10)
     monkeypatch.setitem(data.SETS, 'Own', own)
-    refused('Own needs train_images.npy', load, tmp_path, name='Own')
+    refused('Own needs train_images.npy', data.prepare, 'Own', tmp_path)
     (tmp_path / 'Own').mkdir()
     images, labels = arrays(100)[0], torch.arange(100) // 20
     data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
