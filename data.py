@@ -8,23 +8,21 @@
     python data.py pack imagenet2012 --as-is             or with the original bytes
 
 All take --data-dir (default: datasets). A prepared set is a folder <NAME>/ with {train,test}_images.npy
-(uint8, N x S x S x 3) and {train,test}_labels.npy (int64, N): four such files of your own are used as they
-are. Beside them classes.txt (a name per line) and about.txt (where the arrays came from) are optional.
+(uint8, N x S x S x 3) and {train,test}_labels.npy (int64, N); four such files of your own are used as they
+are. classes.txt (a name per line) and about.txt (where the arrays came from) beside them are optional.
 imagenet2012 stays in its JPEG files, which worker processes decode while the device computes.
 
 Order and augmentation are pure functions of the seed, the iteration and the position in the global batch:
 the same for any number of ranks and from any iteration on, so there is no loader state to save.
 
-Source files are found by their names, wherever they lie; a folder that holds nothing but one folder stands
-for it. The class of an image is that of its class folder, else the wnid (n01440764) in its file name, else
-what a list beside the images says.
+Source files are found by their names, in whatever folders they lie. The class of an image is that of its
+class folder, else the wnid (n01440764) in its file name, else what a list beside the images says.
 """
 import argparse
 import atexit
 import contextlib
 import ctypes
 import functools
-import glob
 import importlib
 import io
 import itertools
@@ -33,7 +31,6 @@ import mmap
 import multiprocessing
 import os
 import pickle
-import queue
 import re
 import shutil
 import signal
@@ -58,11 +55,6 @@ if sys.version_info < (3, 10):  # noqa: UP036 - pip may have installed all this 
     print(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}.', file=sys.stderr)
     sys.exit(2)
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 IMAGENET_PIXELS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR10_PIXELS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100_PIXELS = dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -85,6 +77,10 @@ IMAGENET_TESTS = {
     'IN-A': ('imagenet-a', 200, 7500),
     'IN-Sketch': ('imagenet-sketch', 1000, 50889),
 }
+ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
+ADD_KIT = f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012'
+CSV, META, TRUTH = LISTS = (  # what says the classes of a flat val: Kaggle's list, two of the development kit
+    'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
 INCOMPLETE = 'ALLOW_INCOMPLETE_DATA'  # environment variable: accept a part of a set, split in proportion
 PAD = 4  # pixels of zeros on each side before the random crop
@@ -109,8 +105,8 @@ def usable_cores():
     folders = {CGROUPS, CGROUPS / 'cpu'}  # where a container sees its own limits: of cgroup 2, and 1
     with contextlib.suppress(OSError):  # elsewhere they stand in folders below
         for path in re.findall(r':/(.+)$', Path('/proc/self/cgroup').read_text(), re.MULTILINE):
-            for top in (CGROUPS, CGROUPS / 'cpu'):
-                folders |= {top / path, *(top / parent for parent in Path(path).parents)}
+            for parent in (Path(path), *Path(path).parents):
+                folders |= {CGROUPS / parent, CGROUPS / 'cpu' / parent}
     for folder, files in itertools.product(folders, (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])):
         with contextlib.suppress(OSError, ValueError):  # no such limit, or 'max'
             quota, period = map(int, ' '.join((folder / file).read_text() for file in files).split())
@@ -131,15 +127,12 @@ def torchvision(module):
 # ---- preparation ----
 
 def prepare(name, data_dir):
-    """Makes <data_dir>/<name>/ from the official files, downloaded where that is allowed, unless it exists.
-
-    Raises:
-        UserError: when files are missing, incomplete or damaged; says which, and where to get them.
-    """
+    """Makes <data_dir>/<name>/ from the official files, downloaded where allowed, unless it exists."""
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
     require_folders(data_dir if name == 'imagenet2012' else final)  # there may be a pack of it
+    remove_left_over(data_dir, name)
     if name == 'imagenet2012':
         open_imagenet(data_dir)  # lists its files, once
         return
@@ -172,22 +165,9 @@ def require_folders(*paths):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set.
-
-    Whoever works in it holds a lock on it. One that nobody holds was left over, and is removed.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for old in final.parent.glob(f'{glob.escape(final.name)}.part.*'):
-        if fcntl and (held := lock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            os.close(held)
-    held = None
-    while True:
-        folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
-        folder.mkdir()
-        held = fcntl and lock(folder, fcntl.LOCK_SH)
-        if folder.exists():  # or else it was taken for a left over one before the lock
-            break
+    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set."""
+    folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
+    folder.mkdir(parents=True)
     try:
         yield folder
         for file in folder.iterdir():
@@ -200,20 +180,14 @@ def new_folder(final):
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            os.close(held)
 
 
-def lock(folder, how):
-    """A file descriptor that holds a lock (fcntl.LOCK_...) on a folder until closed; None if that fails."""
-    file = None
-    with contextlib.suppress(OSError):  # held by another process, or a file system without locks
-        file = os.open(folder, os.O_RDONLY)
-        fcntl.flock(file, how)
-        return file
-    if file is not None:
-        os.close(file)
-    return None
+def remove_left_over(data_dir, name):
+    """Removes what a killed preparation of a set has left, a day later: none takes so long."""
+    for folder in (*data_dir.glob(f'{name}.part.*'), *data_dir.glob(f'{name}-pack.part.*')):
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - folder.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -265,26 +239,16 @@ class Progress:
 # ---- preparation: source files, found by name ----
 
 CLASS = r'n\d+|\d+'  # name of a class folder: a wnid or an integer
+IMAGE = r'(?i:[^.].*\.(jpeg|jpg|png))'
 CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in folders
 
 
-def is_image(file):
-    return file.lower().endswith(('.jpeg', '.jpg', '.png')) and not file.startswith('.')
-
-
-def inner(folder):
-    """The folder itself, or the one that it stands for: the only folder in it, if it holds no images."""
-    while folder.is_dir():
-        folders = []
-        for entry in os.scandir(folder):
-            if is_image(entry.name) or re.fullmatch(CLASS, entry.name):
-                return folder
-            if entry.is_dir() and not re.fullmatch(CLUTTER, entry.name):
-                folders.append(entry.name)
-        if len(folders) != 1:
-            break
-        folder = folder / folders[0]
-    return folder
+def sources(name, data_dir):
+    """Files and folders in data_dir that a set is made from, the first choice first."""
+    found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
+             if re.fullmatch(SOURCES[name][1], path.name, re.IGNORECASE)
+             and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
+    return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
 
 
 def find_below(root, pattern):
@@ -299,35 +263,21 @@ def find_below(root, pattern):
                 folders.append(folder / entry.name)
 
 
-def sources(name, data_dir):
-    """Files and folders in data_dir that a set is made from, the first choice first."""
-    found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
-             if re.fullmatch(SOURCES[name][1], path.name, re.IGNORECASE)
-             and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
-    return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
-
-
 def files_of(source):
     """{path relative to the folder or zip file: the same as a Path or zipfile.Path} of the files in it."""
     if source.is_dir():
         paths = (Path(folder, f) for folder, _, files in os.walk(source, followlinks=True) for f in files)
         found = {path.relative_to(source).as_posix(): path for path in paths}
     else:
-        zipped = open_zip(source)
+        try:
+            zipped = zipfile.ZipFile(source)
+        except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
+            raise UserError(f'{source} is damaged ({error}). Fetch it again.') from error
+        for path in zipped.namelist():
+            if path.startswith('/') or '..' in path.replace('\\', '/').split('/') or ':' in path:
+                raise UserError(f'{source} is refused: its member {path} points outside of its folder.')
         found = {path: zipfile.Path(zipped, path) for path in zipped.namelist() if not path.endswith('/')}
     return {path: file for path, file in found.items() if not re.search(f'(^|/)({CLUTTER})(/|$)', path)}
-
-
-def open_zip(path):
-    """A zip file whose members all lie inside of their folder; UserError otherwise."""
-    try:
-        zipped = zipfile.ZipFile(path)
-    except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
-        raise UserError(f'{path} is damaged ({error}). Fetch it again.') from error
-    for member in zipped.namelist():
-        if member.startswith('/') or '..' in member.replace('\\', '/').split('/') or ':' in member:
-            raise UserError(f'{path} is refused: its member {member} points outside of its folder.')
-    return zipped
 
 
 def read_source(path):
@@ -350,46 +300,13 @@ def class_of(path, listed):
     return wnid[0] if wnid else listed.get(file.partition('.')[0])
 
 
-def parse_list(content):
+def parse_list(text):
     """{image's file name without its ending: wnid} from lines that begin with both."""
-    text = content.decode('utf-8-sig', 'replace').replace('\r', '\n')
-    return {name: wnid for name, wnid in re.findall(r'^([^\s,.]+)\S*?[\s,]+(n\d+)\b', text, re.MULTILINE)}
+    lines = text.removeprefix('\ufeff').replace('\r', '\n')
+    return dict(re.findall(r'^([^\s,.]+)\S*?[\s,]+(n\d+)\b', lines, re.MULTILINE))
 
 
-# ---- preparation: small images ----
-
-def prepare_cifar(name, data_dir, folder):
-    """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
-    datasets = torchvision('datasets')
-    cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
-    archive, source = data_dir / cifar.filename, inner(data_dir / cifar.base_folder)
-    source = source.with_name(cifar.base_folder)
-    files = [(source / file, md5) for file, md5 in (
-        *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5']))]
-    wrong = [path for path, md5 in [*files, (archive, cifar.tgz_md5)]
-             if not datasets.utils.check_integrity(str(path), md5)]
-    damaged = [path for path in wrong if path.exists()]
-    problem = f'{name} is not in {data_dir}'
-    if damaged:
-        problem = f'{damaged[0]} is damaged (its MD5 differs)'
-    elif source.is_dir():
-        problem = f'{wrong[0]} is missing'
-    # downloaded and extracted in a folder of our own: another process may be at it, too
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        root = source.parent if wrong in ([], [archive]) else Path(own)
-        try:
-            if root == Path(own) and archive not in wrong:
-                datasets.utils.extract_archive(str(archive), own)
-            train, test = cifar(root, train=True, download=True), cifar(root, train=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
-                            f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
-        with contextlib.suppress(FileNotFoundError):
-            Path(own, archive.name).replace(archive)
-    save_arrays(folder, 'train', train.data, train.targets)
-    save_arrays(folder, 'test', test.data, test.targets)
-    describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
-
+# ---- preparation: decoding on all cores ----
 
 def decode(data, path, box=None):
     """JPEG bytes -> uint8 H x W x 3, as pillow's convert('RGB') has it; box: side to resize to, box filter.
@@ -408,6 +325,30 @@ def decode(data, path, box=None):
     return np.asarray(image.resize((box, box), Image.BOX) if box else image)
 
 
+def on_all_cores(work, items):
+    """Yields work(item) for each, in order. Threads: pillow decodes outside of the interpreter lock."""
+    def some(first):
+        return [work(item) for item in items[first:first + 16]]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for first in range(0, len(items), 2048):  # or what is not taken yet would fill the memory
+            for results in pool.map(some, range(first, min(first + 2048, len(items)), 16)):
+                yield from results
+
+
+def decode_all(read, items, file, size, resize=False):
+    """Decodes images on all cores into a new .npy file, N x size x size x 3; read(item): (bytes, path).
+
+    resize: to that size, by pillow's box filter; or else images of another size are an error.
+    """
+    def work(item):
+        encoded, path = read(item)
+        image = decode(encoded, path, size if resize else None)
+        if image.shape != (size, size, 3):
+            raise UserError(f'{path} has {image.shape[:2]} pixels, not {(size, size)}.')
+        return image[None]
+    write_images(file, size, on_all_cores(work, items), len(items))
+
+
 def write_images(file, size, chunks, total):
     """Writes uint8 chunks of n x size x size x 3 one after the other into a new .npy file, with progress."""
     progress, count = Progress(file.stem.replace('_', ' '), total), 0
@@ -422,26 +363,36 @@ def write_images(file, size, chunks, total):
         np.lib.format.write_array_header_1_0(out, header | {'shape': (count, size, size, 3)})
 
 
-def decode_all(read, count, file, size, resize=False):
-    """Decodes images on all cores into a new .npy file, uint8 N x size x size x 3; read(i): (bytes, path).
+# ---- preparation: small images ----
 
-    resize: to that size, by pillow's box filter; or else images of another size are an error.
-    """
-    def work(start):
-        images = []
-        for i in range(start, min(start + 64, count)):
-            encoded, path = read(i)
-            images.append(decode(encoded, path, size if resize else None))
-            if images[-1].shape != (size, size, 3):
-                raise UserError(f'{path} has {images[-1].shape[:2]} pixels, not {(size, size)}.')
-        return np.stack(images)
-
-    # threads: pillow decodes outside of the interpreter lock, and nothing is left behind by a kill
-    pool = ThreadPoolExecutor(usable_cores())
-    try:
-        write_images(file, size, pool.map(work, range(0, count, 64)), count)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def prepare_cifar(name, data_dir, folder):
+    """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
+    datasets = torchvision('datasets')
+    cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
+    archive, source = data_dir / cifar.filename, data_dir / cifar.base_folder
+    source = next(find_below(source, cifar.base_folder), source)  # within a folder of its own name
+    files = *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5'])
+    checksums = {source / file: md5 for file, md5 in files} | {archive: cifar.tgz_md5}
+    wrong = [path for path, md5 in checksums.items() if not datasets.utils.check_integrity(str(path), md5)]
+    damaged = [path for path in wrong if path.exists()]
+    problem = f'{wrong[0]} is missing' if wrong and source.is_dir() else f'{name} is not in {data_dir}'
+    if damaged:
+        problem = f'{damaged[0]} is damaged (its MD5 differs)'
+    # downloaded and extracted in a folder of our own: another process may be at it, too
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        root = source.parent if wrong in ([], [archive]) else Path(own)
+        try:
+            if root == Path(own) and archive not in wrong:
+                datasets.utils.extract_archive(str(archive), own)
+            train, test = cifar(root, train=True, download=True), cifar(root, train=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
+                            f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
+        with contextlib.suppress(FileNotFoundError):
+            Path(own, archive.name).replace(archive)
+    save_arrays(folder, 'train', train.data, train.targets)
+    save_arrays(folder, 'test', test.data, test.targets)
+    describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
 
 
 def prepare_tiny_imagenet(name, data_dir, folder):
@@ -453,45 +404,43 @@ def prepare_tiny_imagenet(name, data_dir, folder):
         for which, (images, labels) in zip(('train', 'test'), parts, strict=True):
             small = np.empty((len(images), 32, 32, 3), np.uint8)
             for i in range(0, len(images), 1000):  # exact 2 x 2 box average, halves rounded up
-                four = images[i:i + 1000].numpy().reshape(-1, 32, 2, 32, 2, 3).astype(np.uint16)
+                four = images[i:i + 1000].numpy().reshape(-1, 32, 2, 32, 2, 3)
                 small[i:i + 1000] = (four.sum((2, 4), dtype=np.uint16) + 2) // 4
             save_arrays(folder, which, small, labels)
         return describe(folder, f'{about}; 2 x 2 box average', class_names(source))
 
     root = next(iter(sources(name, data_dir)), None) or download_tiny_imagenet(data_dir, folder)
     files = files_of(root)
-    texts = {path.rsplit('/', 1)[-1]: read_source(files[path]) for path in files if path.endswith('s.txt')}
-    listed = parse_list(texts.get('val_annotations.txt', b''))
-    words = dict(re.findall(rb'^(n\d+)\t([^\r\n]*)', texts.get('words.txt', b''), re.MULTILINE))
-    parts = {'train': {}, 'val': {}}  # of each file's name: its path and its class
+    texts = {path.rsplit('/', 1)[-1]: read_source(files[path]).decode('utf-8', 'replace')
+             for path in files if path.endswith(('wnids.txt', 'words.txt', 'val_annotations.txt'))}
+    listed = parse_list(texts.get('val_annotations.txt', ''))
+    words = dict(re.findall(r'^(n\d+)\t([^\r\n]*)', texts.get('words.txt', ''), re.MULTILINE))
+    train, val = {}, {}  # of each file's name: its class and its path
     for path in files:
         *folders, file = path.split('/')
-        part = next((folder for folder in folders if folder in parts), None)
-        if part and is_image(file):
-            parts[part][file] = path, class_of(path, listed)
-    wnids = texts.get('wnids.txt', b'').decode('utf-8', 'replace').split()
-    wnids = sorted(wnids or {wnid for _, wnid in parts['train'].values()})
+        part = next((folder for folder in folders if folder in ('train', 'val')), None)
+        if part and re.fullmatch(IMAGE, file):
+            (train if part == 'train' else val)[file] = class_of(path, listed), files[path]
+    wnids = sorted(texts.get('wnids.txt', '').split() or {wnid for wnid, _ in train.values() if wnid})
     wanted = [f'{wnid}_{i}.JPEG' for wnid in wnids for i in range(500)]
     wanted += [f'val_{i}.JPEG' for i in range(10000)]
-    absent = [file for file in wanted if file not in parts['train'] and file not in parts['val']]
+    absent = [file for file in wanted if file not in train and file not in val]
     if (absent or len(wnids) < SETS[name]['classes']) and not incomplete_allowed():
         raise UserError(f'{root} is incomplete: {absent[0] if absent else "wnids.txt"} (with '
                         f'{max(0, len(absent) - 1)} others) is missing. Fetch tiny-imagenet-200.zip again.')
-    label = {wnid: i for i, wnid in enumerate(wnids)}
-    for file, (_, wnid) in (*parts['train'].items(), *parts['val'].items()):
-        if wnid not in label:
+    for file, (wnid, _) in (*train.items(), *val.items()):
+        if wnid not in wnids:
             reason = f'{wnid} is not in wnids.txt' if wnid else 'not in val_annotations.txt'
             raise UserError(f'{root} is not TinyImageNet: {file} is there, but {reason}.')
-    if not parts['train'] or not parts['val']:
+    if not train or not val:
         raise UserError(f'{root} is not TinyImageNet: train/ or val/ has no images.')
-    train = sorted(parts['train'].values(), key=lambda pair: (pair[1], pair[0].rsplit('/', 1)[-1]))
+    train = [train[file] for file in sorted(train, key=lambda file: (train[file][0], file))]
     train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
-    for which, pairs in (('train', train), ('test', [pair for _, pair in sorted(parts['val'].items())])):
-        decode_all(lambda i, pairs=pairs: (read_source(files[pairs[i][0]]), files[pairs[i][0]]), len(pairs),
-                   folder / f'{which}_images.npy', 64)
-        np.save(folder / f'{which}_labels.npy', np.array([label[wnid] for _, wnid in pairs], np.int64))
+    for which, pairs in (('train', train), ('test', [val[file] for file in sorted(val)])):
+        decode_all(lambda pair: (read_source(pair[1]), pair[1]), pairs, folder / f'{which}_images.npy', 64)
+        np.save(folder / f'{which}_labels.npy', np.array([wnids.index(wnid) for wnid, _ in pairs], np.int64))
     describe(folder, 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order',
-             [f'{wnid} {words.get(wnid.encode(), b"").decode("utf-8", "replace")}'.strip() for wnid in wnids])
+             [f'{wnid} {words.get(wnid, "")}'.strip() for wnid in wnids])
 
 
 def download_tiny_imagenet(data_dir, folder):
@@ -509,27 +458,6 @@ def download_tiny_imagenet(data_dir, folder):
 
 # ---- preparation: downsampled ImageNet ----
 
-class ArrayUnpickler(pickle._Unpickler):
-    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
-
-    Based on the unpickler that is written in Python, as quick here: a few damaged bytes can make the other
-    one take 64 GB of memory.
-    """
-
-    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
-               ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
-               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
-               ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
-
-    def find_class(self, module, name):
-        module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
-        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
-            return lambda text, encoding: text.encode('latin1')
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return self.ALLOWED[module, name]
-
-
 def prepare_imagenet1k(name, data_dir, folder):
     """Downsampled ImageNet, from the official batches or else from imagenet2012/ by pillow's box filter."""
     size, found = SETS[name]['size'], {}  # name of a batch -> its path, on disk or in a zip
@@ -542,25 +470,23 @@ def prepare_imagenet1k(name, data_dir, folder):
     if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
         parts, wnids, about = open_imagenet(data_dir, packed=False)
         for which, images in (('train', parts['train']), ('test', parts['val'])):
-            decode_all(images.read, len(images), folder / f'{which}_images.npy', size, resize=True)
+            decode_all(images.read, range(len(images)), folder / f'{which}_images.npy', size, resize=True)
             np.save(folder / f'{which}_labels.npy', images.labels)
         return describe(folder, f'{about}, resized to {size} px, box filter', wnids)
     if len(missing) == 11 or (missing and not incomplete_allowed()):
         raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
                         f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
                         'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
-    full = {'train': SETS[name]['train'], 'test': SETS[name]['val']}
-    for which, batches in wanted.items():
+    for which, total in (('train', SETS[name]['train']), ('test', SETS[name]['val'])):
         labels = [np.empty(0, np.int64)]
 
-        def chunks(batches=batches, labels=labels):
-            for batch in batches:
-                if batch in found:
-                    images, more = read_batch(found[batch], size)
-                    labels.append(more)
-                    for start in range(0, len(images), 1000):
-                        yield np.ascontiguousarray(images[start:start + 1000].transpose(0, 2, 3, 1))
-        write_images(folder / f'{which}_images.npy', size, chunks(), full[which])
+        def chunks(which=which, labels=labels):
+            for batch in filter(found.get, wanted[which]):
+                images, more = read_batch(found[batch], size)
+                labels.append(more)
+                for start in range(0, len(images), 1000):
+                    yield np.ascontiguousarray(images[start:start + 1000].transpose(0, 2, 3, 1))
+        write_images(folder / f'{which}_images.npy', size, chunks(), total)
         np.save(folder / f'{which}_labels.npy', np.concatenate(labels))
     describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
 
@@ -584,198 +510,45 @@ def read_batch(path, size):
     return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
 
 
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of numpy arrays and plain containers; any other global is refused: nothing can run.
+
+    The base is written in Python, as quick here: damaged bytes can make the other one take 64 GB of memory.
+    """
+
+    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
+               ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
+               ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
+               ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
+
+    def find_class(self, module, name):
+        module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
+        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
+            return lambda text, encoding: text.encode('latin1')
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        return self.ALLOWED[module, name]
+
+
+DOWNLOADED = 'downloaded when needed'
+FETCH = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
 SOURCES = {  # what prepares a set, which names its sources have, and what becomes of a set that has none
-    'CIFAR10_x32': (
-        prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', 'downloaded when needed'),
-    'CIFAR100_x32': (prepare_cifar, r'cifar-100-python(\.tar\.gz)?', 'downloaded when needed'),
-    **{f'TinyImageNet200_x{size}': (
-        prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', 'downloaded when needed') for size in (32, 64)},
-    **{f'ImageNet1k_x{size}': (
-        prepare_imagenet1k, rf'imagenet{size}(\D.*)?|imagenet2012',
-        f'missing: put Imagenet{size}_train and Imagenet{size}_val, or imagenet2012, here')
-       for size in (32, 64)},
+    'CIFAR10_x32': (prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', DOWNLOADED),
+    'CIFAR100_x32': (prepare_cifar, r'cifar-100-python(\.tar\.gz)?', DOWNLOADED),
+    'TinyImageNet200_x32': (prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
+    'TinyImageNet200_x64': (prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
+    'ImageNet1k_x32': (prepare_imagenet1k, r'imagenet32(\D.*)?|imagenet2012', FETCH.format(32)),
+    'ImageNet1k_x64': (prepare_imagenet1k, r'imagenet64(\D.*)?|imagenet2012', FETCH.format(64)),
     'imagenet2012': (
         None, 'imagenet2012-pack|imagenet2012', 'missing: put the official archives here, then unpack'),
 }
 
 
-# ---- imagenet2012: image files, archives, pack ----
+# ---- preparation: archives and pack of imagenet2012 ----
 
-ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
-TRUTH = 'ILSVRC2012_validation_ground_truth.txt'
-LISTS = 'LOC_val_solution.csv', 'meta.mat', TRUTH  # what says the classes of a flat val
 MEMBERS = (  # of the official archives: which names, and where they go in imagenet2012/
     (r'(n\d{8})_\d+\.JPEG', r'train/\1'), (r'ILSVRC2012_val_\d{8}\.JPEG', 'val'),
     (rf'meta\.mat|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
-
-
-class EncodedImages:
-    """JPEG (or other) images with their labels, in files of their own or one after the other in a single one.
-
-    Args:
-        path: the folder, or the single file. names: bytes array of N, paths relative to the folder.
-        labels: int64 array of N. starts: int64 array of N + 1, offsets in the single file, or else None.
-    """
-
-    def __init__(self, path, names, labels, starts=None):
-        self.path, self.names, self.labels, self.starts = path, names, labels, starts
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i):
-        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
-        where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
-        try:
-            if self.starts is None:
-                return np.fromfile(where, np.uint8), where
-            start, end = self.starts[i:i + 2].tolist()
-            encoded = np.empty(end - start, np.uint8)
-            with open(self.path, 'rb') as file:
-                file.seek(start)
-                return encoded[:file.readinto(encoded)], where
-        except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
-                from error
-
-
-def list_images(folder, lists=()):
-    """([classes], bytes array of N image files as class/file, int64 array of N: their classes, from 0).
-
-    A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
-    wnid in an image's name, or what `lists` says (see listed_classes); UserError if none of them says it.
-    What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
-    """
-    classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
-    modified = np.array([(folder / c).stat().st_mtime_ns for c in classes], np.int64)
-    index = folder.with_name(f'{folder.name}-index.npz')
-    with contextlib.suppress(Exception):  # whatever is wrong with it: the folders are read again
-        with np.load(index) as kept:
-            if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
-                return classes, kept['names'], np.repeat(np.arange(len(classes)), kept['counts'])
-
-    def files(name):
-        return sorted(f.name for f in os.scandir(folder / name) if is_image(f.name))
-    with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
-        found = list(pool.map(files, classes or ['']))
-    paths = [f'{c}/{f}' for c, names in zip(classes or ['.'], found, strict=True) for f in names]
-    names = np.array([os.fsencode(path) for path in paths], np.bytes_)
-    if not classes:
-        classes, which = classes_by_name(folder, found[0], lists)
-        return classes, names, which
-    counts = np.array([len(fs) for fs in found])
-    with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
-        np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
-    return classes, names, np.repeat(np.arange(len(counts)), counts)
-
-
-def open_folder(folder, listed, wnids, class_count, image_count):
-    """EncodedImages of class folders; a folder's label is its integer name, or its wnid's place in `wnids`.
-
-    listed: what list_images(folder) gave. Raises UserError for an unknown class or another count.
-    """
-    names, files, which = listed
-    place = {wnid: i for i, wnid in enumerate(wnids)}
-    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in names]
-    unknown = [name for name, label in zip(names, labels, strict=True) if not 0 <= label < len(wnids)]
-    if len(wnids) < SETS['imagenet2012']['classes'] and any(name.isdigit() for name in names):
-        unknown = unknown or names
-    if unknown:
-        raise UserError(f'{folder}: {unknown[0]} is not one of the {len(wnids)} classes of imagenet2012/.')
-    if (len(names), len(files)) != (class_count, image_count) and not incomplete_allowed():
-        raise UserError(f'{folder} holds {len(files)} of {image_count} images, in {len(names)} of '
-                        f'{class_count} classes. Unpack its archive again (for imagenet2012, python data.py '
-                        'unpack imagenet2012 adds what is missing; delete what does not belong there), or '
-                        f'accept a part with {INCOMPLETE}=1.')
-    return EncodedImages(folder, files, np.array(labels, np.int64)[which])
-
-
-def open_imagenet(data_dir, packed=True):
-    """({'train': EncodedImages, 'val': EncodedImages}, [wnids, sorted], str: their origin).
-
-    The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
-    ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
-
-    Raises:
-        UserError: when imagenet2012/ (or its pack) is missing or incomplete; says what to put where.
-    """
-    root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
-    if packed and pack.is_dir():
-        return open_pack(pack)
-    require_folders(root / 'train', root / 'val')
-    beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
-    found = [*find_below(root, '|'.join(map(re.escape, ('train', 'val', *LISTS)))),
-             *(folder / name for folder in beside for name in LISTS)]
-    lists = {path.name: path for path in reversed(found) if path.is_file()}
-    folders, listed = {}, {}
-    for path in filter(Path.is_dir, found):
-        if path.name not in listed and len((images := list_images(inner(path), lists))[1]):
-            folders[path.name], listed[path.name] = inner(path), images
-    if not listed or (len(listed) < 2 and not incomplete_allowed()):
-        missing = '/ and '.join(part for part in ('train', 'val') if part not in listed)
-        raise UserError(f'{root} needs {missing}/ with images: put {", ".join(ARCHIVES)} (image-net.org) '
-                        f'into {data_dir} and run python data.py unpack imagenet2012 --data-dir {data_dir}, '
-                        f'or try the script with --synthetic. (For --eval, val and {INCOMPLETE}=1 will do.)')
-    wnids = class_order([listed[part][0] for part in listed], lists)
-    if len(wnids) != facts['classes'] and not incomplete_allowed():
-        raise UserError(f'{root} has {len(wnids)} classes (n01440764 ...), not 1000. With {ARCHIVES[0]} in '
-                        f'{data_dir}, python data.py unpack imagenet2012 adds what is missing; delete what '
-                        'does not belong there.')
-    parts = {part: EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
-             for part in ('train', 'val')}
-    for part in listed:
-        parts[part] = open_folder(folders[part], listed[part], wnids, facts['classes'], facts[part])
-    which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
-    return parts, wnids, f'imagenet2012, classes are {which}'
-
-
-def classes_by_name(folder, names, lists):
-    """([wnids], int64 array: the place of each image's wnid in them), by the file names, or the lists."""
-    wnids = [class_of(name, {}) for name in names]
-    if None in wnids:
-        listed = listed_classes(lists)
-        wnids = [wnid or class_of(name, listed) for name, wnid in zip(names, wnids, strict=True)]
-    if None in wnids:
-        raise UserError(f'{folder} has no class folders, and nothing says the class of '
-                        f'{names[wnids.index(None)]}. For the val of imagenet2012, put {ARCHIVES[2]} beside '
-                        f'it and run python data.py unpack imagenet2012, or put {LISTS[0]} there.')
-    classes, which = np.unique(wnids, return_inverse=True)
-    return classes.tolist(), which
-
-
-def listed_classes(lists):
-    """{image's file name without its ending: wnid}, from the csv, or else from the development kit."""
-    if LISTS[0] in lists:
-        return parse_list(lists[LISTS[0]].read_bytes())
-    if TRUTH not in lists or 'meta.mat' not in lists:
-        return {}
-    wnids, ids = kit_wnids(lists), lists[TRUTH].read_text('utf-8', 'replace').split()
-    return {f'ILSVRC2012_val_{i + 1:08}': wnids[int(n) - 1] for i, n in enumerate(ids)
-            if n.isdigit() and 0 < int(n) <= len(wnids)}
-
-
-def kit_wnids(lists):
-    """The 1000 wnids in the order of the development kit's ids, which start at 1.
-
-    Its meta.mat is a MATLAB 5 file: a header of 128 bytes, then a tag of 8 and compressed data.
-    """
-    try:
-        meta = lists['meta.mat'].read_bytes()
-        if meta[128] == 15:  # miCOMPRESSED
-            meta = zlib.decompress(meta[136:])
-    except (OSError, IndexError, zlib.error) as error:
-        raise UserError(f'{lists["meta.mat"]} cannot be read ({error}). Delete it, put {ARCHIVES[2]} there '
-                        'and run python data.py unpack imagenet2012.') from error
-    found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
-    return [wnid.decode() for wnid in found[:SETS['imagenet2012']['classes']]]
-
-
-def class_order(found, lists):
-    """All 1000 wnids, sorted, where the classes found or the lists have them; else those found."""
-    full = SETS['imagenet2012']['classes']
-    if not any(len(classes) == full for classes in found):
-        found = found + [kit_wnids(lists) if 'meta.mat' in lists else [], set(listed_classes(lists).values())]
-    return sorted(next((classes for classes in found if len(classes) == full), set().union(*found[:2])))
 
 
 def unpack_imagenet(data_dir):
@@ -837,7 +610,7 @@ def pack_imagenet(data_dir, short_side=None):
     if final.exists():
         raise UserError(f'{final} is there already. Delete it to have it made anew.')
 
-    def encode(images, i, side):
+    def encode(images, side, i):
         encoded, path = images.read(i)
         if side is None:
             return encoded.tobytes()
@@ -849,15 +622,14 @@ def pack_imagenet(data_dir, short_side=None):
         return buffer.getvalue()
 
     try:
-        with new_folder(final) as folder, ThreadPoolExecutor(usable_cores()) as pool:
+        with new_folder(final) as folder:
             for part, images in parts.items():
                 progress, starts = Progress(part, len(images)), [0]
-                work = functools.partial(encode, images, side=short_side if part == 'train' else None)
+                work = functools.partial(encode, images, short_side if part == 'train' else None)
                 with open(folder / f'{part}.bin', 'wb') as file:
-                    for first in range(0, len(images), 1024):
-                        for encoded in pool.map(work, range(first, min(first + 1024, len(images)))):
-                            file.write(encoded)
-                            starts.append(starts[-1] + len(encoded))
+                    for encoded in on_all_cores(work, range(len(images))):
+                        file.write(encoded)
+                        starts.append(starts[-1] + len(encoded))
                         progress(len(starts) - 1)
                 np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
                          wnids=wnids)
@@ -867,36 +639,87 @@ def pack_imagenet(data_dir, short_side=None):
         raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
 
 
-def open_pack(pack):
-    """The same as open_imagenet, from what pack_imagenet has written."""
-    parts = {}
-    for part in ('train', 'val'):
-        try:
-            with np.load(pack / f'{part}.npz') as index:
-                names, labels, starts = index['names'], index['labels'], index['starts']
-                wnids = index['wnids'].tolist()
-            parts[part] = EncodedImages(pack / f'{part}.bin', names, labels, starts)
-            size = (pack / f'{part}.bin').stat().st_size
-            if size != starts[-1]:
-                raise ValueError(f'{part}.bin has {size} bytes, not {starts[-1]}')
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
-        full = SETS['imagenet2012'][part]
-        if len(names) != full and not incomplete_allowed():
-            raise UserError(f'{pack} holds {len(names)} of {full} images of {part}. Delete it, pack again.')
-    return parts, wnids, (pack / 'about.txt').read_text('utf-8', 'replace').strip()
-
-
 # ---- opening ----
 
-class Arrays:
-    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or mapped from a file.
+def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None,
+         trained_elsewhere=False):
+    """Training batches, evaluation sets and origin of a prepared data set.
 
-    mapping: the mmap.mmap that holds the images, if one does.
+    Args:
+        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
+        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
+        batches are wanted; arrays that take less than half of a GPU's free memory are put there at once.
+        rank, world: of the processes that train. synthetic: generated images. workers: processes that decode
+        files for this rank; None: as many as it has cores, 0: none. trained_elsewhere: the evaluation sets
+        are for given weights, with which only labels in the order of all classes agree.
+    Returns:
+        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
+        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     """
+    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    if name == 'imagenet2012' and not synthetic:
+        parts, wnids, about = open_imagenet(data_dir)
+        parts |= open_test_sets(data_dir, wnids, say=rank == 0)
+        check_parts(name, data_dir, parts, len(wnids), trained_elsewhere, batch)
+        shared = device, default_workers() if workers is None else workers, rank, world
+        trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
+        few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
+        evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
+                 for key, images in parts.items()}
+        return trn, evals, f'{about}, decoded by {jpeg_decoder()[0]}'
 
-    def __init__(self, images, labels, mapping=None):
-        self.images, self.labels, self.mapping = images, labels, mapping
+    if synthetic:
+        train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
+    else:
+        train, test, about = read_arrays(name, data_dir / name)
+    parts = {'train': train, 'val': test}
+    if facts['test']:
+        n = len(train) * facts['train'] // (facts['train'] + facts['val'])
+        parts = {'train': train.part(slice(n)), 'val': train.part(slice(n, None)), 'tst': test}
+    if not synthetic:
+        known = name in SOURCES and len(class_names(data_dir / name)) or facts['classes']
+        check_parts(name, data_dir, parts, known, trained_elsewhere, batch)
+    size = sum(t.nbytes for arrays in parts.values() for t in arrays)
+    fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
+    if fits and device.type != 'cpu':  # or else they stay in mapped files
+        parts = {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in parts.items()}
+    trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
+    evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
+    return trn, evals, about
+
+
+def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
+    """Raises UserError for too few images, and for evaluation sets with labels that the weights cannot know.
+
+    known: classes whose order is known. Given weights need all; others know those of the training images.
+    """
+    facts, train = SETS[name], parts['train']
+    for key, images in parts.items():
+        if images is not train and not len(images):
+            raise UserError(f'{data_dir} has no images of {name} for {key}.')
+    if trained_elsewhere and known < facts['classes']:
+        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
+                        'tells the order of all: their labels may not be those of given weights. For '
+                        f'imagenet2012, {ADD_KIT}.')
+    if not trained_elsewhere and len(train) < batch:
+        raise UserError(f'--batch {batch} is more than the {len(train)} training images.')
+    # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
+    cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
+    unseen = np.setdiff1d(parts['val'].labels, train.labels)
+    if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
+        remedy = 'Take these out, or add training images.' if not facts['test'] else (
+            'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
+        raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
+                        f'as class {unseen[-1]}. {remedy}')
+
+
+# ---- opening: arrays ----
+
+class Arrays:
+    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or in a mapped_file (mmap)."""
+
+    def __init__(self, images, labels, mapped_file=None):
+        self.images, self.labels, self.mapped_file = images, labels, mapped_file
 
     def __len__(self):
         return len(self.images)
@@ -905,106 +728,51 @@ class Arrays:
         return iter((self.images, self.labels))
 
     def part(self, rows):
-        return Arrays(self.images[rows], self.labels[rows], self.mapping)
-
-    def to(self, device):
-        return Arrays(self.images.to(device), self.labels.to(device))
+        return Arrays(self.images[rows], self.labels[rows], self.mapped_file)
 
     def release_pages(self):
         """Takes a mapped file's pages from this process (the system still caches them): memory stays flat."""
-        if self.mapping is not None and hasattr(mmap, 'MADV_DONTNEED'):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        if self.mapped_file is not None and hasattr(mmap, 'MADV_DONTNEED'):
+            self.mapped_file.madvise(mmap.MADV_DONTNEED)
 
 
-def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synthetic=False, workers=None,
-         trained_elsewhere=False):
-    """Training batches and evaluation sets of a prepared data set.
-
-    Arrays that take less than half of the free GPU memory are put there; others stay in mapped files.
-
-    Args:
-        name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
-        eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
-        batches are wanted. rank, world: of the processes that train. synthetic: generated images.
-        workers: processes that decode files for this rank; None: as many as it has cores, 0: none.
-        trained_elsewhere: the evaluation sets are for given weights, with which only labels in the order of
-        all classes agree; without, they are for weights that the training batches make.
-    Returns:
-        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
-        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
-    Raises:
-        UserError: when the files are missing, damaged or not those of this set, a batch is more than there
-        is, val has classes that the training images lack, or the labels are not those of given weights.
-    """
-    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
-    if name == 'imagenet2012' and not synthetic:
-        parts, wnids, about = open_imagenet(data_dir)
-        train, held_out, known = parts['train'], {'val': parts['val']}, len(wnids)
-        for key, (folder, *expected) in IMAGENET_TESTS.items():
+def read_arrays(name, folder, remedy=None):
+    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin)."""
+    facts, parts = SETS[name], []
+    remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
+                        else f'Correct it, or SETS[{name!r}].')
+    if facts['size'] not in (32, 64, CROP):
+        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
+                        'yours, or fill them up with zeros on all sides.')
+    shape = facts['size'], facts['size'], 3
+    for which, full in (('train', facts['train'] + (facts['val'] if facts['test'] else 0)),
+                        ('test', facts['test'] or facts['val'])):
+        arrays = []
+        for file in (images_file := f'{which}_images.npy', labels_file := f'{which}_labels.npy'):
             try:
-                if (data_dir / folder).is_dir():
-                    held_out[key] = open_test_set(data_dir / folder, wnids, *expected)
-            except (UserError, OSError) as error:  # no reason not to train
-                if rank == 0:
-                    print(f'{key} is left out: {error}', file=sys.stderr)
-        about += f', decoded by {jpeg_decoder()[0]}'
-        shared = device, default_workers() if workers is None else workers, rank, world
-        trn = JpegTrainBatches(train, batch, seed, *shared)
-        evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=(
-            key in IMAGENET_TESTS and IMAGENET_TESTS[key][1] < facts['classes']))
-                 for key, images in held_out.items()}
-    else:
-        if synthetic:
-            train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
-        else:
-            train, test, about = read_arrays(name, data_dir / name)
-        known, held_out = len(class_names(data_dir / name)) or facts['classes'], {'val': test}
-        if facts['test']:
-            n = len(train) * facts['train'] // (facts['train'] + facts['val'])
-            train, held_out = train.part(slice(n)), {'val': train.part(slice(n, None)), 'tst': test}
-        size = sum(t.nbytes for arrays in (train, *held_out.values()) for t in arrays)
-        fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
-        parts = {key: arrays.to(device) if fits and device.type != 'cpu' else arrays
-                 for key, arrays in {'train': train, **held_out}.items()}
-        trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
-        evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
-    for key in evals:
-        if not len(evals[key]):
-            raise UserError(f'{data_dir} has no images of {name} for {key}.')
-    if not trained_elsewhere and not trn.per_epoch:
-        raise UserError(f'--batch {batch} is more than the {len(trn)} training images.')
-    if trained_elsewhere and known < facts['classes'] and not synthetic:
-        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
-                        'tells the order of all: their labels may not be those of given weights. For '
-                        f'imagenet2012, put {ARCHIVES[2]} into {data_dir} and run python data.py unpack '
-                        'imagenet2012.')
-    # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
-    if not (trained_elsewhere or synthetic) and len(train) and (
-            facts['test'] or name == 'imagenet2012' or not incomplete_allowed()):
-        unseen = np.setdiff1d(held_out['val'].labels, train.labels)
-        if len(unseen):
-            remedy = 'Take these out, or add training images.' if not facts['test'] else (
-                'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
-            raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, '
-                            f'such as class {unseen[-1]}. {remedy}')
-    return trn, evals, about
-
-
-def open_test_set(folder, wnids, class_count, image_count):
-    """EncodedImages of one of IMAGENET_TESTS. Raises UserError if it is not complete."""
-    folder = inner(folder)
-    listed = list_images(folder)
-    if not len(listed[1]):
-        raise UserError(f'{folder} has no images.')
-    return open_folder(folder, listed, wnids, class_count, image_count)
+                arrays.append(np.load(folder / file, mmap_mode='c' if file == images_file else None))
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
+        images, labels = arrays
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            raise UserError(f'{name}: {images_file} holds {images.dtype} {images.shape}, '
+                            f'but uint8 {("N", *shape)} is needed.')
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise UserError(f'{name}: {labels_file} holds {labels.dtype} {labels.shape}, '
+                            f'but {len(images)} images need int64 ({len(images)},).')
+        if len(labels) and not 0 <= labels.min() <= labels.max() < facts['classes']:
+            raise UserError(f'{name}: {labels_file} holds labels {labels.min()} to {labels.max()}, '
+                            f'but the classes are 0 to {facts["classes"] - 1}.')
+        if len(images) != full and not incomplete_allowed():
+            raise UserError(f'{name}: {images_file} holds {len(images)} of {full} images. {remedy} '
+                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
+        parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
+    about = folder / 'about.txt'
+    return *parts, about.read_text('utf-8', 'replace').strip() if about.exists() else 'ready-made arrays'
 
 
 def synthetic_arrays(name, batch):
-    """Learnable images of a set's size and classes: coarse coloured patterns, one a class, under noise.
-
-    batch: the training part has at least 5/4 of it. Returns: Arrays to train on and Arrays to test on, as in
-    prepared files.
-    """
+    """Arrays to train on, 5/4 of a batch or more, and to test on: a coloured pattern a class, under noise."""
     facts, rng = SETS[name], np.random.default_rng(0)
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
     patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
@@ -1012,90 +780,195 @@ def synthetic_arrays(name, batch):
     for n in (max(count, batch * 5 // 4), count // 5):
         labels = rng.integers(classes, size=n)
         images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
-        images += rng.integers(64, size=images.shape, dtype=np.uint8)
-        images += rng.integers(64, size=images.shape, dtype=np.uint8)
+        for _ in range(2):
+            images += rng.integers(64, size=images.shape, dtype=np.uint8)
         parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels)))
     return parts
 
 
-def read_arrays(name, folder, remedy=None):
-    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin).
+# ---- opening: image files ----
 
-    Raises:
-        UserError: names the file that is missing, damaged, or of a wrong shape, type, length or range.
+class EncodedImages:
+    """JPEG (or other) images with their labels, in files of a folder or one after the other in a single file.
+
+    path: the folder, or the single file. names: bytes array of N, paths relative to the folder. labels: int64
+    array of N. starts: int64 array of N + 1, offsets in the single file, or else None.
     """
-    anew = f'Delete {folder} and run the command again to have it made anew.'
-    facts, remedy = SETS[name], remedy or (anew if name in SOURCES else f'Correct it, or SETS[{name!r}].')
-    expected = {'train': facts['train'] + (facts['val'] if facts['test'] else 0),
-                'test': facts['test'] or facts['val']}
-    if facts['size'] not in (32, 64, CROP):
-        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
-                        'yours, or fill them up with zeros on all sides.')
-    parts = []
-    for which, full in expected.items():
-        arrays = []
-        for what in ('images', 'labels'):
-            file = f'{which}_{what}.npy'
-            try:
-                arrays.append(np.load(folder / file, mmap_mode='c' if what == 'images' else None))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
-        images, labels = arrays
-        shape = (facts['size'], facts['size'], 3)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise UserError(f'{name}: {which}_images.npy holds {images.dtype} {images.shape}, '
-                            f'but uint8 {("N", *shape)} is needed.')
-        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            raise UserError(f'{name}: {which}_labels.npy holds {labels.dtype} {labels.shape}, '
-                            f'but {len(images)} images need int64 ({len(images)},).')
-        if len(labels) and not 0 <= labels.min() <= labels.max() < facts['classes']:
-            raise UserError(f'{name}: {which}_labels.npy holds labels {labels.min()} to {labels.max()}, '
-                            f'but the classes are 0 to {facts["classes"] - 1}.')
+
+    def __init__(self, path, names, labels, starts=None):
+        self.path, self.names, self.labels, self.starts = path, names, labels, starts
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i):
+        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
+        where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
+        try:
+            if self.starts is None:
+                return np.fromfile(where, np.uint8), where
+            start, end = self.starts[i:i + 2].tolist()
+            return np.fromfile(self.path, np.uint8, end - start, offset=start), where
+        except OSError as error:
+            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
+                from error
+
+
+def open_imagenet(data_dir, packed=True):
+    """({'train': EncodedImages, 'val': EncodedImages}, [wnids, sorted], str: their origin).
+
+    The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
+    ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
+    """
+    root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
+    if packed and pack.is_dir():
+        return open_pack(pack)
+    require_folders(root / 'train', root / 'val')
+    beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
+    lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
+             *(folder / name for folder in beside for name in LISTS)]
+    lists = {path.name: path for path in reversed(lists) if path.is_file()}
+    none = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
+    parts = {'train': ([], none), 'val': ([], none)}
+    for path in filter(Path.is_dir, find_below(root, 'train|val')):
+        if not len(parts[path.name][1]):  # the first that has images
+            parts[path.name] = list_images(path, lists)
+    missing = [part for part, (_, images) in parts.items() if not len(images)]
+    if len(missing) == 2 or (missing and not incomplete_allowed()):
+        raise UserError(f'{root} needs {"/ and ".join(missing)}/ with images: put {", ".join(ARCHIVES)} '
+                        f'(image-net.org) into {data_dir} and run python data.py unpack imagenet2012 '
+                        f'--data-dir {data_dir}, or try the script with --synthetic. (For --eval, val and '
+                        f'{INCOMPLETE}=1 will do.)')
+    found = [classes for classes, _ in parts.values()]
+    complete = next((classes for classes in found if len(classes) == facts['classes']), ())
+    wnids = sorted(complete or read_lists(lists)[1] or set().union(*found))
+    parts = {part: label_images(*listed, wnids, facts['classes'], facts[part])
+             for part, listed in parts.items()}
+    which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
+    return parts, wnids, f'imagenet2012, classes are {which}'
+
+
+def list_images(folder, lists=()):
+    """([classes], EncodedImages whose labels are places in them) of the images in a folder, or further below.
+
+    A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
+    wnid in an image's name, or what `lists` says (see read_lists); UserError if none of them says it.
+    What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
+    """
+    folder = next((path.parent for path in find_below(folder, f'{CLASS}|{IMAGE}')), folder)
+    classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
+    modified = np.array([(folder / name).stat().st_mtime_ns for name in classes], np.int64)
+    index = folder.with_name(f'{folder.name}-index.npz')
+    with contextlib.suppress(Exception), np.load(index) as kept:  # damaged: the folders are read again
+        if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
+            labels = np.repeat(np.arange(len(classes)), kept['counts'])
+            return classes, EncodedImages(folder, kept['names'], labels)
+
+    def files(name):
+        return sorted(f'{name}/{file}' for file in os.listdir(folder / name) if re.fullmatch(IMAGE, file))
+    with ThreadPoolExecutor(16) as pool:  # waits for disks more than it works
+        found = list(pool.map(files, classes or ['.']))
+    names = np.array([os.fsencode(path) for paths in found for path in paths], np.bytes_)
+    if classes:
+        counts = [len(paths) for paths in found]
+        with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
+            np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
+        return classes, EncodedImages(folder, names, np.repeat(np.arange(len(classes)), counts))
+    listed = read_lists(lists)[0]
+    wnids = [class_of(path, listed) for path in found[0]]
+    if None in wnids:
+        file = Path(found[0][wnids.index(None)]).name
+        raise UserError(f'{folder} has no class folders, and nothing says the class of {file}. For the val '
+                        f'of imagenet2012, {ADD_KIT}, or put {CSV} there.')
+    classes, labels = np.unique(wnids, return_inverse=True)
+    return classes.tolist(), EncodedImages(folder, names, labels)
+
+
+def read_lists(lists):
+    """({image's file name without its ending: wnid}, all 1000 wnids or none) by the csv or the official kit.
+
+    The kit's ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of
+    128 bytes, a tag of 8 and compressed data.
+    """
+    wnids, listed, full = [], {}, SETS['imagenet2012']['classes']
+    if META in lists:
+        try:
+            meta = lists[META].read_bytes()
+            if meta[128] == 15:  # miCOMPRESSED
+                meta = zlib.decompress(meta[136:])
+        except (OSError, IndexError, zlib.error) as error:
+            raise UserError(f'{lists[META]} cannot be read ({error}). Delete it, {ADD_KIT}.') from error
+        found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
+        wnids = [wnid.decode() for wnid in found[:full]]
+    if TRUTH in lists:
+        ids = enumerate(lists[TRUTH].read_text('utf-8', 'replace').split(), 1)
+        listed = {f'ILSVRC2012_val_{i:08}': wnids[int(n) - 1] for i, n in ids
+                  if n.isdecimal() and 0 < int(n) <= len(wnids)}
+    if CSV in lists:
+        listed = parse_list(lists[CSV].read_text('utf-8', 'replace'))
+    complete = [order for order in (wnids, {*listed.values()}) if len(order) == full]
+    return listed, complete[0] if complete else ()
+
+
+def label_images(classes, images, wnids, class_count, image_count):
+    """EncodedImages of list_images, labelled by their class: an integer, or its place in `wnids`."""
+    place = {wnid: i for i, wnid in enumerate(wnids)}
+    labels = [int(name) if name.isdigit() else place.get(name, -1) for name in classes]
+    complete = len(wnids) == SETS['imagenet2012']['classes']  # or else integers mean nothing
+    unknown = [name for name, label in zip(classes, labels, strict=True)
+               if not 0 <= label < len(wnids) or (name.isdigit() and not complete)]
+    if unknown:
+        raise UserError(f'{images.path}: {unknown[0]} is none of the {len(wnids)} classes of imagenet2012/.')
+    if (len(classes), len(images)) != (class_count, image_count) and not incomplete_allowed():
+        raise UserError(f'{images.path} holds {len(images)} of {image_count} images, in {len(classes)} of '
+                        f'{class_count} classes. Unpack its archive again (for imagenet2012, python data.py '
+                        'unpack imagenet2012 adds what is missing; delete what does not belong there), or '
+                        f'accept a part with {INCOMPLETE}=1.')
+    return EncodedImages(images.path, images.names, np.array(labels, np.int64)[images.labels])
+
+
+def open_pack(pack):
+    """The same as open_imagenet, from what pack_imagenet has written."""
+    parts = {}
+    for part in ('train', 'val'):
+        full, file = SETS['imagenet2012'][part], pack / f'{part}.bin'
+        try:
+            with np.load(pack / f'{part}.npz') as index:
+                images = EncodedImages(file, index['names'], index['labels'], index['starts'])
+                wnids = index['wnids'].tolist()
+            if (size := file.stat().st_size) != images.starts[-1]:
+                raise ValueError(f'{part}.bin has {size} bytes, not {images.starts[-1]}')
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
         if len(images) != full and not incomplete_allowed():
-            raise UserError(f'{name}: {which}_images.npy holds {len(images)} of {full} images. {remedy} '
-                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
-        parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
-    about = folder / 'about.txt'
-    return *parts, about.read_text('utf-8', 'replace').strip() if about.exists() else 'ready-made arrays'
+            raise UserError(f'{pack} holds {len(images)} of {full} images of {part}. Delete it, pack again.')
+        parts[part] = images
+    return parts, wnids, (pack / 'about.txt').read_text('utf-8', 'replace').strip()
+
+
+def open_test_sets(data_dir, wnids, say):
+    """{name: EncodedImages} of the IMAGENET_TESTS that are there; says which cannot be read, and why."""
+    found = {}
+    for name, (folder, *counts) in IMAGENET_TESTS.items():
+        try:
+            if (data_dir / folder).is_dir():
+                classes, images = list_images(data_dir / folder)
+                if not len(images):
+                    raise UserError(f'{images.path} has no images.')
+                found[name] = label_images(classes, images, wnids, *counts)
+        except (UserError, OSError) as error:  # no reason not to train
+            if say:
+                print(f'{name} is left out: {error}', file=sys.stderr)
+    return found
 
 
 # ---- batches of arrays ----
 
-def augmentation_plan(seed, epoch, n):
-    """The order of n images in an epoch and a draw for each position: int64 tensors of n, draws below 162."""
-    rng = np.random.default_rng((seed, epoch))
-    return torch.from_numpy(rng.permutation(n)), torch.from_numpy(rng.integers(SHIFTS * SHIFTS * 2, size=n))
-
-
-def augment(images, draws):
-    """Zero-pads by 4, crops to the old size and flips, each image as its draw says.
-
-    Args:
-        images: uint8, N x S x S x 3. draws: int64, N, below 162 = 9 rows x 9 columns x 2 flips.
-    Returns:
-        uint8, N x 3 x S x S, in channels_last memory format.
-    """
-    n, size = images.shape[:2]
-    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
-    windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # N x 9 x 9 x 3 x S x S, a view
-    shift = draws // 2
-    crops = windows[torch.arange(n, device=images.device), shift // SHIFTS, shift % SHIFTS]
-    flipped = (draws % 2 == 1).view(n, 1, 1, 1)
-    return torch.where(flipped, crops.flip(3), crops).contiguous(memory_format=torch.channels_last)
-
-
-def to_device(tensor, device):
-    """The tensor on a device. Only CUDA need not wait: MPS may read freed memory (pytorch issue 139550)."""
-    return tensor.to(device, non_blocking=device.type == 'cuda')
-
-
 class TrainBatches:
     """Training batches of one rank, endlessly, from any iteration on.
 
-    Args:
-        arrays: Arrays, on the device or in (mapped) host memory. batch: images in a global batch; rank r
-        takes positions r * batch / world and up. seed: of order and augmentation. device: where the batches
-        are wanted. rank, world: of the processes.
+    arrays: Arrays, on the device or in (mapped) host memory. batch: images in a global batch, of which rank r
+    takes positions r * batch / world and up. seed: of order and augmentation. device: where they are wanted.
     """
 
     def __init__(self, arrays, batch, seed, device, rank=0, world=1):
@@ -1108,12 +981,11 @@ class TrainBatches:
 
     def batches(self, start):
         """Yields uint8 images N x 3 x S x S and int64 labels N, N = batch / world, from iteration `start`."""
-        chunks = self._chunks(start)
+        chunks, local = self._chunks(start), self.batch // self.world
         if self.arrays.images.device.type != self.device.type:
             chunks = ahead(chunks)
         for chunk in chunks:
             images, labels, draws = (to_device(t, self.device) for t in chunk)
-            local = self.batch // self.world
             yield from zip(augment(images, draws).split(local), labels.split(local), strict=True)
 
     def _chunks(self, start):
@@ -1134,43 +1006,51 @@ class TrainBatches:
             epoch, step = epoch + 1, 0
 
 
+def augmentation_plan(seed, epoch, n):
+    """The order of n images in an epoch and a draw for each position: int64 tensors of n, draws below 162."""
+    rng = np.random.default_rng((seed, epoch))
+    return torch.from_numpy(rng.permutation(n)), torch.from_numpy(rng.integers(SHIFTS * SHIFTS * 2, size=n))
+
+
+def augment(images, draws):
+    """Zero-pads by 4, crops and flips, each image as its draw says, to N x 3 x S x S in channels_last format.
+
+    images: uint8 N x S x S x 3. draws: int64 N, below 162 = 9 rows x 9 columns x 2 flips.
+    """
+    n, size = images.shape[:2]
+    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
+    windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # N x 9 x 9 x 3 x S x S, a view
+    shift = draws // 2
+    crops = windows[torch.arange(n, device=images.device), shift // SHIFTS, shift % SHIFTS]
+    flipped = (draws % 2 == 1).view(n, 1, 1, 1)
+    return torch.where(flipped, crops.flip(3), crops).contiguous(memory_format=torch.channels_last)
+
+
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
-    ready, closed = queue.Queue(2), threading.Event()
+    def take():
+        return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]
 
-    def put(item):
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    def work():
-        try:
-            for chunk in chunks:
-                if closed.is_set():
-                    return
-                put([t.pin_memory() if torch.cuda.is_available() else t for t in chunk])
-        except BaseException as error:  # handed over to the thread that takes the batches
-            put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    pool, ready = ThreadPoolExecutor(1), []
     try:
         while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            while len(ready) < 3:
+                ready.append(pool.submit(take))
+            yield ready.pop(0).result()
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
+
+
+def to_device(tensor, device):
+    """The tensor on a device. Only CUDA need not wait: MPS may read freed memory (pytorch issue 139550)."""
+    return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
 class EvalBatches:
     """An evaluation set in batches of one fixed size; over all ranks every image comes exactly once.
 
-    Rank r takes images r, r + world, ... All ranks yield equally many batches; the last is filled up with
-    black images of label -100, which cross_entropy ignores and no argmax equals. Arguments as for
-    TrainBatches, but batch is that of one rank.
+    Rank r takes images r, r + world, ... All ranks yield equally many batches, the last filled up with black
+    images of label -100, which cross_entropy ignores and no argmax equals. batch: images in that of one rank.
     """
 
     absent = None  # as JpegEvalBatches has it
@@ -1194,96 +1074,13 @@ class EvalBatches:
             self.arrays.release_pages()
 
 
-# ---- batches of images in files ----
-
-@functools.cache
-def jpeg_decoder():
-    """(name, function) of the quickest JPEG decoder that works here: torchvision, torchcodec, else pillow.
-
-    function: uint8 tensor of the encoded bytes -> uint8 tensor, channels x H x W; RuntimeError or ValueError
-    for damaged bytes and other formats. None for pillow, which decode() has.
-    """
-    def upright(encoded, decode_jpeg):
-        if b'Exif' in encoded[:2 ** 16].numpy().tobytes():  # torchcodec turns images as EXIF says
-            raise ValueError
-        return decode_jpeg(encoded, mode='UNCHANGED')
-
-    buffer = io.BytesIO()
-    Image.new('RGB', (8, 8)).save(buffer, 'JPEG')
-    encoded = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    for module in ('torchvision.io', 'torchcodec.decoders'):
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # it may lack libraries
-            warnings.simplefilter('ignore')
-            decode_jpeg = importlib.import_module(module).decode_jpeg
-            if module.startswith('torchcodec'):
-                decode_jpeg = functools.partial(upright, decode_jpeg=decode_jpeg)
-            if decode_jpeg(encoded).shape == (3, 8, 8):
-                return module.partition('.')[0], decode_jpeg
-    return 'pillow', None
-
-
-def decode_tensor(encoded, path):
-    """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
-    if decode_jpeg := jpeg_decoder()[1]:
-        with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
-            image = decode_jpeg(torch.from_numpy(encoded))
-            if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
-                return image.expand(3, -1, -1)
-    return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
-
-
-def resize(image, top, left, height, width, size):
-    """A box of an image, uint8 3 x H x W, resized to size = (rows, columns), bilinear with antialiasing."""
-    box = image[None, :, top:top + height, left:left + width]
-    return F.interpolate(box.contiguous(memory_format=torch.channels_last), size, mode='bilinear',
-                         antialias=True)[0]
-
-
-def random_box(height, width, draws):
-    """(top, left, height, width) of a training crop: area 8 to 100 %, aspect 3/4 to 4/3, log-uniform.
-
-    As torchvision's RandomResizedCrop: the first of ten tries that fits into the image, or else the largest
-    centred box of an allowed aspect. draws: 10 x 4 uniform numbers in [0, 1), for area, aspect, top, left.
-    """
-    for area, aspect, top, left in draws.tolist():
-        area = height * width * (0.08 + 0.92 * area)
-        aspect = 3 / 4 * (16 / 9) ** aspect
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_crop(image, draws, flip):
-    """uint8 3 x H x W -> 3 x 224 x 224, as random_box has it, mirrored if `flip`."""
-    crop = resize(image, *random_box(*image.shape[1:], draws), (CROP, CROP))
-    return crop.flip(2) if flip else crop
-
-
-def center_crop(image):
-    """uint8 3 x H x W -> 3 x 224 x 224: the short side is resized to 256, then the centre is cut out."""
-    height, width = image.shape[1:]
-    short = min(height, width)
-    rows, columns = SHORT_SIDE * height // short, SHORT_SIDE * width // short
-    if short != SHORT_SIDE:
-        image = resize(image, 0, 0, height, width, (rows, columns))
-    top, left = round((rows - CROP) / 2), round((columns - CROP) / 2)
-    return image[:, top:top + CROP, left:left + CROP]
-
-
-def default_workers():
-    """One for each core that this process may use, shared among the ranks of this machine."""
-    return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
-
+# ---- batches of image files ----
 
 class JpegBatches(torch.utils.data.Dataset):
     """What training and evaluation batches of encoded images share: pieces of them, decoded by processes.
 
-    Args:
-        images: EncodedImages. batch: images in one rank's batch. device: where the batches are wanted.
-        workers: decoding processes, 0 for none. rank, world: of the processes that train.
+    images: EncodedImages. batch: images in one rank's batch. device: where the batches are wanted. workers:
+    decoding processes, 0 for none. rank, world: of the processes that train.
     """
 
     def __init__(self, images, batch, device, workers, rank, world):
@@ -1293,38 +1090,43 @@ class JpegBatches(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def piece(self, key):
-        """(uint8 n x 3 x 224 x 224, int64 n) of batch `key[0]` from position `key[1]` on."""
+    def __getitem__(self, key):
+        """The piece (uint8 N x 3 x 224 x 224, int64 N) of batch `key[0]` from `key[1]` on, or an error."""
         number, first = key
         count = min(PIECE, self.batch - first)
         black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
-        piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0), self.images.labels[i].item())
-                 for i, crop in self.crops(number, first, count)]
+        try:
+            piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0),
+                      self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
+        except UserError as error:
+            return error  # raised in a loader process, it would come with a traceback
         # in a loader process this writes into shared memory
         images, labels = torch.utils.data.default_collate(piece + [black] * (count - len(piece)))
         return images.permute(0, 3, 1, 2), labels
 
-    def __getitem__(self, key):
-        """A loader process's task: the piece, or a UserError: raised, it would come with a traceback."""
-        try:
-            return self.piece(key)
-        except UserError as error:
-            return error
-
     def stream(self, numbers):
         """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
-        pieces, batch = range(0, self.batch, PIECE), []
-        keys = ((number, first) for number in numbers for first in pieces)
-        for piece in self._pieces_of_processes(keys, len(pieces)) if self.workers else map(self.piece, keys):
-            batch.append([to_device(t, self.device) for t in piece])
-            if len(batch) == len(pieces):
-                yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
-                batch = []
+        starts, batch = range(0, self.batch, PIECE), []
+        keys = ((number, first) for number in numbers for first in starts)
+        pieces = self._by_processes(keys, len(starts)) if self.workers else (self[key] for key in keys)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if isinstance(piece, UserError):
+                    raise piece
+                batch.append([to_device(t, self.device) for t in piece])
+                if len(batch) == len(starts):
+                    yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
+                    batch = []
 
-    def _pieces_of_processes(self, keys, per_batch):
-        """Yields the pieces of the keys, decoded by self.workers processes, which end with the generator."""
+    def _by_processes(self, keys, per_batch):
+        """Yields the pieces of the keys, made by self.workers processes, which end with the generator."""
         others, processes = multiprocessing.active_children(), []
-        end = functools.partial(kill_processes, processes)
+
+        def end():
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
         atexit.register(end)  # the traceback of an error may keep the generator, and all that it started
         try:
             try:
@@ -1336,41 +1138,29 @@ class JpegBatches(torch.utils.data.Dataset):
                 processes += [child for child in multiprocessing.active_children() if child not in others]
             if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            while True:
-                try:
-                    piece = next(loader, None)
-                except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                    if str(error).startswith('Caught '):  # and handed over, with its traceback: nobody died
-                        raise
-                    reason = (str(error).splitlines() or ['no answer'])[0]
-                    raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a '
-                                  'smaller --workers helps; go on with --resume.') from error
-                if piece is None:
-                    return
-                if isinstance(piece, UserError):
-                    raise piece
-                yield piece
+            try:
+                yield from loader
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if str(error).startswith('Caught '):  # and handed over, with its traceback: nobody died
+                    raise
+                reason = (str(error).splitlines() or ['no answer'])[0]
+                raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a smaller '
+                              '--workers helps; go on with --resume.') from error
         finally:
             loader = None  # asks the processes to end, unless a traceback keeps it
             end()
             atexit.unregister(end)
 
 
-def kill_processes(processes):
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join()
-
-
 def start_worker(worker):
-    def follow():  # a main process that is killed: the loader looks at who has started us, maybe a forkserver
+    """Lets a loader process end with the main one, which alone answers signals: they may be sent to all."""
+    def follow():  # the loader itself looks at who has started this process, maybe a forkserver
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGUSR1', signal.SIGTERM)):
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a cluster sends them to all processes: the main
-    keep_freed_memory()                        # one answers, and ends this one
+        signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
 
 
 def keep_freed_memory():
@@ -1378,6 +1168,11 @@ def keep_freed_memory():
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)            # M_MMAP_MAX: large blocks come from the heap too
+
+
+def default_workers():
+    """One for each core that this process may use, shared among the ranks of this machine."""
+    return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
 
 
 class JpegTrainBatches(JpegBatches):
@@ -1418,13 +1213,84 @@ class JpegEvalBatches(JpegBatches):
         self.absent = torch.from_numpy(counts == 0).to(self.device) if restrict else None
 
     def crops(self, number, first, count):
-        """Yields (image, function that crops it) for positions of this rank's batch of that number."""
         start = self.rank + (number * self.batch + first) * self.world
-        for i in range(start, len(self), self.world)[:count]:
-            yield i, center_crop
+        return ((i, center_crop) for i in range(start, len(self), self.world)[:count])
 
     def __iter__(self):
         return self.stream(range(math.ceil(len(self) / (self.batch * self.world))))
+
+
+def random_crop(image, draws, flip):
+    """uint8 3 x H x W -> 3 x 224 x 224, as random_box has it, mirrored if `flip`."""
+    crop = resize(image, *random_box(*image.shape[1:], draws), (CROP, CROP))
+    return crop.flip(2) if flip else crop
+
+
+def random_box(height, width, draws):
+    """(top, left, height, width) of a training crop: area 8 to 100 %, aspect 3/4 to 4/3, log-uniform.
+
+    As torchvision's RandomResizedCrop: the first of ten tries that fits into the image, or else the largest
+    centred box of an allowed aspect. draws: 10 x 4 uniform numbers in [0, 1), for area, aspect, top, left.
+    """
+    for area, aspect, top, left in draws.tolist():
+        area = height * width * (0.08 + 0.92 * area)
+        aspect = 3 / 4 * (16 / 9) ** aspect
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def center_crop(image):
+    """uint8 3 x H x W -> 3 x 224 x 224: the short side is resized to 256, then the centre is cut out."""
+    height, width = image.shape[1:]
+    short = min(height, width)
+    rows, columns = SHORT_SIDE * height // short, SHORT_SIDE * width // short
+    if short != SHORT_SIDE:
+        image = resize(image, 0, 0, height, width, (rows, columns))
+    top, left = round((rows - CROP) / 2), round((columns - CROP) / 2)
+    return image[:, top:top + CROP, left:left + CROP]
+
+
+def resize(image, top, left, height, width, size):
+    """A box of an image, uint8 3 x H x W, resized to size = (rows, columns), bilinear with antialiasing."""
+    box = image[None, :, top:top + height, left:left + width]
+    return F.interpolate(box.contiguous(memory_format=torch.channels_last), size, mode='bilinear',
+                         antialias=True)[0]
+
+
+def decode_tensor(encoded, path):
+    """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
+    name, function = jpeg_decoder()
+    turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16].tobytes()  # the image as EXIF says
+    if function and not turns:
+        with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
+            image = function(torch.from_numpy(encoded))
+            if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
+                return image.expand(3, -1, -1)
+    return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
+
+
+@functools.cache
+def jpeg_decoder():
+    """(name, function) of the quickest JPEG decoder that works here: torchvision, torchcodec, else pillow.
+
+    function: uint8 tensor of the encoded bytes -> uint8 channels x H x W; RuntimeError or ValueError for
+    damaged bytes and other formats. None for pillow, which decode() has.
+    """
+    buffer = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(buffer, 'JPEG')
+    encoded = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    for name, module, options in (('torchvision', 'torchvision.io', {}),
+                                  ('torchcodec', 'torchcodec.decoders', {'mode': 'UNCHANGED'})):
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # it may lack libraries
+            warnings.simplefilter('ignore')
+            function = functools.partial(importlib.import_module(module).decode_jpeg, **options)
+            if function(encoded).shape == (3, 8, 8):
+                return name, function
+    return 'pillow', None
 
 
 # ---- command line ----
@@ -1445,16 +1311,15 @@ def report(data_dir):
         print(f'{name:20} {facts["train"]:9,} {facts["val"]:6,} {facts["test"] or "":>6}  {state}')
     for name, (folder, _, images) in IMAGENET_TESTS.items():
         state = 'evaluated' if (data_dir / folder).is_dir() else f'missing, optional: {folder}/'
-        print(f'  {name:18} {"":9} {"":6} {images:6}  {state}')
+        print(f'  {name:35} {images:6}  {state}')
 
 
 def preview(name, data_dir, file):
     """Writes a PNG of the first 64 training images as the network gets them, with their labels."""
     prepare(name, data_dir)
-    train, _, _ = load(name, data_dir, 64, 64, 42, 'cpu')
+    train = load(name, data_dir, 64, 64, 42, 'cpu')[0]
     images, labels = next(train.batches(0))
-    names = class_names(data_dir / name)
-    side = SETS[name]['size'] * max(1, 128 // SETS[name]['size'])
+    names, side = class_names(data_dir / name), max(128, SETS[name]['size'])
     sheet = Image.new('RGB', (8 * (side + 6), 8 * (side + 18)), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -1476,21 +1341,20 @@ def main():
     how = parser.add_mutually_exclusive_group()
     how.add_argument('--short-side', type=int, metavar='PIXELS', help='pack: resize larger images to it')
     how.add_argument('--as-is', action='store_true', help='pack: keep the bytes of all images')
-    parser.add_argument('--data-dir', type=lambda text: Path(os.path.expanduser(text)),
-                        default=Path('datasets'), help='default: datasets')
+    parser.add_argument('--data-dir', default='datasets', help='default: datasets')
     args = parser.parse_args()
+    words, data_dir = args.words, Path(os.path.expanduser(args.data_dir))
     try:
-        if not args.words:
-            report(args.data_dir)
-        elif args.words[0] == 'preview' and len(args.words) == 3:
-            preview(args.words[1], args.data_dir, args.words[2])
-        elif args.words == ['unpack', 'imagenet2012']:
-            unpack_imagenet(args.data_dir)
-        elif args.words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
-            pack_imagenet(args.data_dir, args.short_side)
-        elif len(args.words) == 1:
-            prepare(args.words[0], args.data_dir)
-            report(args.data_dir)
+        if words[:1] == ['preview'] and len(words) == 3:
+            preview(words[1], data_dir, words[2])
+        elif words == ['unpack', 'imagenet2012']:
+            unpack_imagenet(data_dir)
+        elif words == ['pack', 'imagenet2012'] and (args.as_is or (args.short_side or 0) >= CROP):
+            pack_imagenet(data_dir, args.short_side)
+        elif len(words) < 2:
+            for name in words:
+                prepare(name, data_dir)
+            report(data_dir)
         else:
             raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
                             'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
