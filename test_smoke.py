@@ -59,9 +59,9 @@ LAUNCH = ['-m', 'torch.distributed.run', '--standalone']
 
 # ---- helpers: runs ----
 
-def run(*command, ok=0):
+def run(*command, ok=0, timeout=600):
     """Runs `python command...` in the repository and returns its output, both streams together."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, timeout=600, text=True,
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, timeout=timeout, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == ok, f'exit code {done.returncode}, not {ok}:\n{done.stdout}'
     return done.stdout
@@ -309,6 +309,10 @@ def write_tree(root, files):
             (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def below(folder, files):
+    return {f'{folder}/{name}': content for name, content in files.items()}
+
+
 def clutter(root):
     """What systems leave behind in every folder."""
     for folder in [root, *(path for path in root.rglob('*') if path.is_dir())]:
@@ -316,10 +320,10 @@ def clutter(root):
             ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'), 'clutter'))
 
 
-def zipped(files, home=''):
+def zipped(files):
     with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as archive:
         for name, content in files.items():
-            archive.writestr(home + name, content)
+            archive.writestr(name, content)
     return buffer.getvalue()
 
 
@@ -368,7 +372,7 @@ def tiny_files():
 
 
 TINY = tiny_files()
-TINY_ZIP = zipped(TINY, 'tiny-imagenet-200/')
+TINY_ZIP = zipped(below('tiny-imagenet-200', TINY))
 
 
 @pytest.fixture
@@ -461,11 +465,10 @@ def kill_test(kills):
                           '--data-dir', small)
             killed = whole.but(logs=Path(folder, way, 'killed'))
             assert whole.watch({}, launch=launch)[0] == 0
-            moments = kill(killed, count, count, launch)
+            moments = dict(kill(killed, count, count, launch))
             assert killed.watch({}, '--resume', launch=launch)[0] == 0
             killed.same_as(whole)
-            said = ', '.join(f'{n} x {what}' for what, n in moments.items())
-            print(f'{way}: {count} kills ({said}), all weights and rows those of an uninterrupted run, '
+            print(f'{way}: killed {moments}, all weights and rows those of an uninterrupted run, '
                   f'{time.monotonic() - begin:.0f} s', flush=True)
 
 
@@ -976,10 +979,9 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
 @pytest.mark.parametrize('where', ['loader', 'main'])
 def test_an_error_ends_the_program_and_its_loader_processes(imagenet, where):
     """In a loader process, or in the loop, whose traceback keeps the batches."""
-    began = time.monotonic()
     text = run('-c', f'''if True:
         import data, multiprocessing
-        def broken(*arguments):
+        def broken(*images, **draws):
             raise RuntimeError('a crop of a wrong shape')
         def main():
             trn = data.load('imagenet2012', {str(imagenet)!r}, 8, 4, 0, 'cpu', workers=2)[0]
@@ -988,8 +990,7 @@ def test_an_error_ends_the_program_and_its_loader_processes(imagenet, where):
                 broken()
         if {where!r} == 'loader':
             data.random_crop = broken
-        main()''', ok=1)
-    assert time.monotonic() - began < 30  # the start included
+        main()''', ok=1, timeout=60)
     assert 'RuntimeError: a crop of a wrong shape' in text and 'process died' not in text
     assert 'in broken' in text and ('pids' in text) == (where == 'main')
     for pid in re.findall(r'\d+', text.partition('pids')[2].partition('\n')[0]):
@@ -1036,19 +1037,15 @@ def test_out_of_memory_gets_a_sentence(trial):
 
 
 def test_errors_in_plain_words(monkeypatch):
-    reset = RuntimeError('[pair.cc:553] Connection reset by peer\nmore')
     no_compiler = RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler")
     for error, words in ((data.UserError('two\n lines'), 'two lines'), (MemoryError(), 'a higher --accum'),
-                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'a smaller --batch'),
                          (no_compiler, '--compile needs a C++ compiler')):
         says(runs.in_plain_words(error), words)
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(runs.faulthandler, 'enable', lambda: None)  # it is pytest's here
-    for fault in (TimeoutError(), KeyError('loss'), reset):  # these keep their tracebacks
-        with pytest.raises(type(fault)), runs.plain_errors():
+    for fault in (TimeoutError(), KeyError('loss'), RuntimeError('Connection reset by peer')):
+        with pytest.raises(type(fault)), runs.plain_errors():  # these keep their tracebacks
             raise fault
-    monkeypatch.setenv('RANK', '1')
-    assert 'another rank ended' in runs.in_plain_words(reset)
 
 
 @pytest.mark.parametrize('shell', ['exec "$@" >&- 2>&-', '("$@"; echo $? >&2) | head -1 >&2'])
@@ -1099,8 +1096,7 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
     says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
 
 
-HALF_TINY = {f'tiny-imagenet-200/{name}': content[:600] if name == 'train/n01/images/n01_2.JPEG' else content
-             for name, content in TINY.items()}
+HALF = {'train/n01/images/n01_2.JPEG': TINY['train/n01/images/n01_2.JPEG'][:600]}
 UNKNOWN = TINY_ZIP.replace(b'PK\1\2\x14\3\x14', b'PK\1\2\x14\3\xff', 1)  # the version needed to read a member
 
 
@@ -1113,7 +1109,7 @@ UNKNOWN = TINY_ZIP.replace(b'PK\1\2\x14\3\x14', b'PK\1\2\x14\3\xff', 1)  # the v
     ('ImageNet1k_x32', {f'Imagenet32_train/train_data_batch_{i}': '' for i in range(1, 10)},
      'train_data_batch_10, val_data not found'),
     ('imagenet2012', {'imagenet2012': Path('/nowhere/x')}, 'imagenet2012 is a link to /nowhere/x'),
-    ('TinyImageNet200_x64', HALF_TINY, 'n01_2.JPEG is damaged'),
+    ('TinyImageNet200_x64', below('tiny-imagenet-200', TINY | HALF), 'n01_2.JPEG is damaged'),
     ('TinyImageNet200_x64', {'tiny-imagenet-200.zip': UNKNOWN}, '200.zip is damaged .*Fetch it again'),
     *(('TinyImageNet200_x64', {'tiny-imagenet-200.zip': zipped({member: 'x'})}, 'points outside')
       for member in ('../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'))])
@@ -1244,7 +1240,7 @@ def sorted_val(files, pattern):
 
 @pytest.mark.parametrize('files', [
     sorted_val(TINY, 'val/{}/{}'), sorted_val(TINY, 'val/{}/images/{}'), sorted_val(TINY, 'val/images/{}/{}'),
-    {f'tiny-imagenet-200/{name}': x for name, x in TINY.items()},
+    below('tiny-imagenet-200', TINY),
     {name.replace('images/n', 'n'): x for name, x in TINY.items()},
     {name: x.replace('\n', '\r\n') if name[0] in 'vw' and isinstance(x, str) else x
      for name, x in TINY.items() if name != 'words.txt'}], ids='sorted below above twice flat crlf'.split())
@@ -1347,38 +1343,31 @@ def test_official_archives_and_flat_val(tmp_path):
     refused('is damaged .*Fetch it again', data.unpack_imagenet, tmp_path)
 
 
-def kaggle(files, csv, home=''):
-    """The files in the folders of Kaggle's ImageNet, with a list of the classes of val."""
-    moved = {f'{home}ILSVRC/Data/CLS-LOC/{name}': x for name, x in files.items() if name[0] in 'tv'}
-    moved |= {f'{home}ILSVRC/Annotations/CLS-LOC/{name[:-4]}xml': '' for name in moved if '/train/' in name}
-    return moved | {csv: 'ImageId,PredictionString\r\n' + ''.join(
-        f'ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \r\n' for i, wnid in enumerate(VAL, 1))}
-
-
 VAL = ['n00000003', 'n00000001', 'n00000003', 'n00000007']  # the classes of ILSVRC2012_val_00000001 and on
-TRUTH = ''.join(f'{int(wnid[1:]) + 1}\n' for wnid in VAL)
-FLAT = {f'train/{wnid}/{wnid}_{i}.JPEG': b'' for wnid in sorted({*VAL}) for i in range(2)} | {
-    f'val/ILSVRC2012_val_{i:08}.JPEG': b'' for i in range(1, 5)}
-KIT = {'meta.mat': meta_mat(ALL_WNIDS), 'ILSVRC2012_validation_ground_truth.txt': TRUTH}
+FLAT_VAL = {f'val/ILSVRC2012_val_{i:08}.JPEG': '' for i in range(1, 5)}
+TRAIN = {f'train/{wnid}/{wnid}_{i}.JPEG': '' for wnid in sorted({*VAL}) for i in range(2)}
+TRUTH = {'ILSVRC2012_validation_ground_truth.txt': ''.join(f'{int(wnid[1:]) + 1}\n' for wnid in VAL)}
+KIT = {'meta.mat': meta_mat(ALL_WNIDS)} | TRUTH
+KAGGLE = below('Data/CLS-LOC', TRAIN | FLAT_VAL) | {
+    f'Annotations/CLS-LOC/{name[:-4]}xml': '' for name in TRAIN}
+CSV = {'LOC_val_solution.csv': 'ImageId,PredictionString\r\n' + ''.join(
+    f'ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \r\n' for i, wnid in enumerate(VAL, 1))}
 TREES = {  # below --data-dir, and whether the order of all 1000 classes is known
-    'kit': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
-        f'imagenet2012/ILSVRC2012_devkit_t12/data/{k}': x for k, x in KIT.items()}, True),
-    'kit beside, lines of Windows': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
-        f'ILSVRC2012_devkit_t12/data/{k}': x.replace('\n', '\r\n') if k[0] == 'I' else x
-        for k, x in KIT.items()}, True),
-    'val alone': ({f'imagenet2012/{k}': x for k, x in {**FLAT, **KIT}.items() if k[0] != 't'}, True),
-    'kaggle moved': (kaggle(FLAT, 'imagenet2012/LOC_val_solution.csv', 'imagenet2012/'), False),
-    'kaggle, csv beside': ({k.replace('ILSVRC/Data/CLS-LOC', 'imagenet2012'): x for k, x in kaggle(
-        FLAT, 'LOC_val_solution.csv').items() if 'Annot' not in k}, False),
-    'kaggle linked': (kaggle(FLAT, 'kaggle/LOC_val_solution.csv', 'kaggle/'), False),
-    'names of hubs': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
-        f'imagenet2012/val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': b'' for i, wnid in enumerate(VAL, 1)}, False),
-    'train flat, folders twice': ({'imagenet2012/' + (
-        f'train/train/{Path(k).name}' if k[0] == 't' else f'val/val/{VAL[int(k[-6]) - 1]}/{Path(k).name}'): x
-        for k, x in FLAT.items()}, False),
-    'empty folders': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
-        f'imagenet2012/val/{wnid}/{i}.JPEG': b'' for i, wnid in enumerate(VAL)} | {
-        f'imagenet2012/train/{wnid}/.keep': b'' for wnid in ALL_WNIDS}, True),
+    'kit': (below('imagenet2012', TRAIN | FLAT_VAL | below('ILSVRC2012_devkit_t12/data', KIT)), True),
+    'kit beside, lines of Windows': (below('imagenet2012', TRAIN | FLAT_VAL) | below(
+        'ILSVRC2012_devkit_t12/data', KIT | {k: x.replace('\n', '\r\n') for k, x in TRUTH.items()}), True),
+    'val alone': (below('imagenet2012', FLAT_VAL | KIT), True),
+    'kaggle moved': (below('imagenet2012', below('ILSVRC', KAGGLE) | CSV), False),
+    'kaggle, csv beside': (below('imagenet2012', TRAIN | FLAT_VAL) | CSV, False),
+    'kaggle linked': (below('kaggle', below('ILSVRC', KAGGLE) | CSV) | {
+        'imagenet2012': Path('kaggle/ILSVRC/Data/CLS-LOC')}, False),
+    'names of hubs': (below('imagenet2012', TRAIN | {
+        f'val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': '' for i, wnid in enumerate(VAL, 1)}), False),
+    'train flat, folders twice': (below('imagenet2012', {f'train/train/{Path(k).name}': '' for k in TRAIN} | {
+        f'val/val/{wnid}/{Path(k).name}': '' for wnid, k in zip(VAL, FLAT_VAL, strict=True)}), False),
+    'empty folders': (below('imagenet2012', TRAIN | {
+        f'val/{wnid}/{i}.JPEG': '' for i, wnid in enumerate(VAL)} | {
+        f'train/{wnid}/.keep': '' for wnid in ALL_WNIDS}), True),
 }
 
 
@@ -1387,8 +1376,6 @@ def test_layouts_of_imagenet(tmp_path, layout):
     files, known = TREES[layout]
     write_tree(tmp_path, files)
     clutter(tmp_path)
-    if layout == 'kaggle linked':
-        (tmp_path / 'imagenet2012').symlink_to(tmp_path / 'kaggle/ILSVRC/Data/CLS-LOC')
     parts, wnids, _ = data.open_imagenet(tmp_path)
     assert wnids == (ALL_WNIDS if known else sorted({*VAL}))
     of_val = {os.fsdecode(name): wnids[label] for name, label in zip(
