@@ -4,11 +4,11 @@
     python test_smoke.py --kill 20     kills runs at 20 random moments each and resumes them, minutes
     python test_smoke.py --fuzz 500    reads 500 damaged files of each kind, some seconds
 """
-import ast
 import collections
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -48,42 +48,38 @@ from logs import table as tables
 HERE = Path(__file__).resolve().parent
 SCRIPTS = ['cifar10_x32', 'cifar100_x32', 'tinyimagenet200_x32', 'tinyimagenet200_x64', 'imagenet1k_x32',
            'imagenet1k_x64', 'imagenet2012']
-SMALL = dict(ALLOW_INCOMPLETE_DATA='1')
 SHORT = ['cifar10_x32.py', '--batch', 32, '--lr', 0.05, '--iters', 24, '--precision', 'fp32', '--device',
          'cpu']
+os.environ[data.INCOMPLETE] = '1'  # a part of a data set will do; `refused` takes it away where it is tested
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 # each restart gets a store of its own: else it may meet addresses of the processes before it
 os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
 LAUNCH = ['-m', 'torch.distributed.run', '--standalone']
 
 
-# ---- helpers ----
+# ---- helpers: runs ----
 
-def run(*command, ok=0, timeout=600, **env):
+def run(*command, ok=0, timeout=600):
     """Runs `python command...` in the repository and returns its output, both streams together."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, env={**os.environ, **env},
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, timeout=timeout, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == ok, f'exit code {done.returncode}, not {ok}:\n{done.stdout}'
     return done.stdout
 
 
-def start(command, **options):
-    """Starts `python command...` on the small data set; its output comes line by line from .stdout."""
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env={**os.environ, **SMALL},
-                            stdout=subprocess.PIPE, text=True, **options)
-
-
-def main(*command):
-    """Runs a script as `run` does, but in this process, on the small data set: quicker by the imports."""
-    script, *flags = map(str, command)
+def main(*command, **env):
+    """Runs the main() of a script as `run` does, but in this process: quicker by the imports."""
+    script, *argv = map(str, command)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as locks:
-        patch.setattr(sys, 'argv', [script, *flags])
-        patch.setenv(data.INCOMPLETE, '1')
+        patch.setattr(sys, 'argv', [script, *argv])
+        for name, value in env.items():
+            patch.setenv(name, str(value))
         # a process would give back the lock of its log when it ends
         patch.setattr(os, 'register_at_fork', lambda **hooks: locks.callback(hooks['after_in_child']))
-        try:
-            runpy.run_path(str(HERE / script), run_name='module')['main']()
+        try:  # as it is, with what is patched in it, if it is imported already
+            module = sys.modules.get(script.removesuffix('.py').replace('/', '.'))
+            module.main() if module else runpy.run_path(str(HERE / script), run_name='module')['main']()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -94,6 +90,22 @@ def says(text, *words):
     assert 'Traceback' not in text and len(text.strip().splitlines()) <= 2, text
     for word in words:
         assert str(word) in text, f'{word!r} is not in: {text}'
+
+
+def refused(words, function, *args, whole=False, **options):
+    """A UserError of a sentence or two in which `words`, a regular expression, is found.
+
+    whole: nothing says that a part of a data set will do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(data.INCOMPLETE, '' if whole else '1')
+        try:
+            function(*args, **options)
+        except data.UserError as error:  # pytest.raises would keep it, and what is open in its frames
+            says(str(error))
+            assert re.search(words, str(error)), f'{words!r} is not in: {error}'
+        else:
+            raise AssertionError(f'not refused: {words}')
 
 
 def rows(text):
@@ -141,7 +153,9 @@ class Trial:
             self.main(*flags, at={it: lambda: (time.sleep(wait), os.kill(os.getpid(), signal.SIGTERM))})
 
     def start(self, *flags, launch=()):
-        return start([*launch, *self.command, *flags], stderr=subprocess.STDOUT)
+        """Starts it as a process; what it prints comes line by line from .stdout."""
+        return subprocess.Popen([sys.executable, *map(str, [*launch, *self.command, *flags])], cwd=HERE,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def watch(self, at, *flags, launch=(), limit=None):
         """Runs it as a process, under a `limit` for resource.prlimit. Returns its exit code and output.
@@ -215,17 +229,19 @@ def whole(small, tmp_path_factory):
     return trial
 
 
-@pytest.fixture(scope='session')
-def reference_run(whole):
-    return whole.logs, whole.output
-
-
 @pytest.fixture
 def killed(trial, whole):
     """A copy of the whole run, as if it had been killed while it wrote the last row."""
     shutil.copytree(whole.logs, trial.logs)
     trial.log.write_text(trial.text.split('\ntst ')[0] + '\n     24  1.0')
     return trial
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A proxy that nobody serves stands for a missing network."""
+    for name in ('https_proxy', 'http_proxy'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')
 
 
 @contextlib.contextmanager
@@ -252,131 +268,7 @@ def mine():
         yield copy
 
 
-# ---- resnet.py ----
-
-REFERENCE = list(csv.DictReader((HERE / 'logs' / 'reference.csv').read_text().splitlines()))
-
-
-def test_parameter_counts_of_all_reference_rows():
-    for row in REFERENCE:
-        facts = data.SETS[row['dataset']]
-        with torch.device('meta'):
-            net = resnet.ResNet(int(row['depth']), int(row['width']), facts['size'], facts['classes'],
-                                facts['mean'], facts['std'])
-        assert resnet.parameters(net) == int(row['params']), row
-
-
-@pytest.mark.parametrize('name', ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-                                  'wide_resnet50_2'])
-@torch.no_grad()
-def test_torchvision_weights_both_ways(name):
-    from torchvision.models import get_model
-    depth, width = re.search(r'resnet(\d+)_?(\d*)', name).groups()
-    theirs = get_model(name)
-    ours = resnet.ResNet(int(depth), int(width or 1), 224, 1000, **data.IMAGENET_PIXELS)
-    for tensor in theirs.state_dict().values():  # running statistics and biases too: none may be left out
-        if tensor.is_floating_point() and tensor.ndim == 1:
-            tensor.uniform_(0.4, 0.6)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    images = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
-    mean, std = (torch.tensor(data.IMAGENET_PIXELS[k]).view(3, 1, 1) for k in ('mean', 'std'))
-    expected = theirs.eval()((images / 255 - mean) / std)
-    assert (ours.eval()(images) - expected).abs().max() < 1e-5 * expected.abs().max()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-
-
-def test_initial_values():
-    net = resnet.ResNet(20, 2, 32, 10, (0.5,) * 3, (0.25,) * 3)
-    assert not net.fc.weight.any() and not net.fc.bias.any()
-    for name, parameter in net.named_parameters():
-        if name.endswith('bn2.weight'):
-            assert not parameter.any(), name
-        elif parameter.ndim == 4 and parameter.numel() > 5000:
-            assert parameter.std().item() == pytest.approx((2 / parameter[0].numel()) ** 0.5, rel=0.05), name
-        elif name.endswith('weight') and 'bn' in name:
-            assert (parameter == 1).all(), name
-
-
-def test_logits_are_float32_and_layer_shapes():
-    for size, side in ((32, 8), (64, 16), (224, 14)):
-        net = resnet.ResNet(20, 1, size, 7, (0.5,) * 3, (0.25,) * 3)
-        shapes = []
-        net.layer3.register_forward_hook(lambda m, i, o, shapes=shapes: shapes.append((o.shape, o.dtype)))
-        with torch.autocast('cpu', torch.bfloat16):
-            logits = net(torch.zeros(2, 3, size, size, dtype=torch.uint8))
-        assert shapes == [((2, 64, side, side), torch.bfloat16)]
-        assert logits.dtype == torch.float32 and logits.shape == (2, 7)
-
-
-def test_the_table_of_networks_and_unknown_ones(capsys):
-    resnet.main()
-    table = capsys.readouterr().out
-    assert '272,474' in table and '25,557,032' in table and '4089.2' in table  # as torchvision documents
-    for depth, width, size in ((19, 1, 32), (20, 0, 32), (20, 1, 48)):
-        with pytest.raises(ValueError, match='choose from|1 or more'):
-            resnet.ResNet(depth, width, size, 10, (0.5,) * 3, (0.25,) * 3)
-
-
-# ---- the seven scripts ----
-
-def script_parts(name):
-    """The docstring, the imports, the recipe and the tail of a script."""
-    text = (HERE / f'{name}.py').read_text()
-    return re.fullmatch('(""".*?"""\n)(.*?)(# ---- recipe: .*?)(# ==== identical .*)', text, re.S).groups()
-
-
-def test_scripts_differ_in_docstring_and_recipe_only():
-    _, *first = script_parts('cifar10_x32')
-    assert not re.search('cifar|imagenet', first[2], re.I) and 'if DATASET' not in first[2]
-    for name in SCRIPTS:
-        _, imports, recipe, tail = script_parts(name)
-        for ours, theirs in ((first[0], imports), (first[2], tail)):
-            diff = difflib.unified_diff(ours.splitlines(), theirs.splitlines(), 'cifar10_x32.py', name, n=0)
-            assert theirs == ours, '\n'.join([*diff][:10] + ['python test_smoke.py --sync repairs this'])
-        # the same constants in the same order
-        names = [node.targets[0].id for node in ast.parse(recipe).body if isinstance(node, ast.Assign)]
-        assert names == ('DATASET DEPTH WIDTH SEED BATCH ITERS LR MOMENTUM WEIGHT_DECAY WARMUP EVAL_EVERY '
-                         'PRECISION').split()
-
-
-def test_recipes_give_every_reference_row():
-    modules = {module.DATASET: module for module in map(importlib.import_module, SCRIPTS)}
-    for row in REFERENCE:
-        module, batch = modules[row['dataset']], int(row['batch'])
-        assert float(row['lr']) == pytest.approx(module.LR * batch / module.BATCH)
-        assert int(row['iters']) == module.ITERS * module.BATCH // batch
-        assert float(row['wd']) == module.WEIGHT_DECAY
-        assert module.SEED == 42 and module.MOMENTUM == 0.9 and module.EVAL_EVERY == 1000
-
-
-def test_batch_alone_rescales_learning_rate_and_updates(monkeypatch):
-    import imagenet2012
-    for flags, lr, iters in (('--batch 2048', 0.8, 64000), ('--batch 1024', 0.4, 128000),
-                             ('--batch 4096', 1.6, 32000), ('--batch 4096 --lr 0.3 --iters 7', 0.3, 7)):
-        monkeypatch.setattr(sys, 'argv', ['imagenet2012.py', *flags.split()])
-        args = imagenet2012.parse_args()
-        assert args.lr == pytest.approx(lr) and args.iters == iters
-
-
-def test_learning_rate():
-    import cifar10_x32
-    rates = [cifar10_x32.lr_at(it, 48000, 0.1) for it in range(48000)]
-    assert rates[0] == 0
-    for end, mean in ((1000, '1.041e-02'), (5000, '9.332e-02'), (6000, '9.992e-02'), (24000, '6.047e-02'),
-                      (48000, '4.413e-05')):
-        assert f'{sum(rates[end - 1000:end]) / 1000:.3e}' == mean
-
-
-def test_scripts_stay_short():
-    texts = [(HERE / f'{name}.py').read_text() for name in SCRIPTS]
-    assert max(len(text.splitlines()) for text in texts) <= 260
-    for node in ast.walk(ast.parse(texts[0])):
-        if isinstance(node, ast.FunctionDef):
-            lines = texts[0].splitlines()[node.lineno - 1:node.end_lineno]
-            assert sum(bool(line.strip()) for line in lines) <= 135, node.name
-
-
-# ---- data.py: batches ----
+# ---- helpers: data ----
 
 def arrays(n, size=32, classes=10):
     rng = np.random.default_rng(1)
@@ -384,458 +276,22 @@ def arrays(n, size=32, classes=10):
             torch.from_numpy(rng.integers(classes, size=n)))
 
 
-def test_augment_against_a_plain_loop():
-    images, _ = arrays(162)
-    draws = torch.arange(162)
-    fast = data.augment(images, draws)
-    assert fast.is_contiguous(memory_format=torch.channels_last) and fast.dtype == torch.uint8
-    for image, draw, out in zip(images.numpy(), draws.tolist(), fast, strict=True):
-        top, left, flip = draw // 18, draw // 2 % 9, draw % 2
-        crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top:top + 32, left:left + 32]
-        crop = crop[:, ::-1] if flip else crop
-        assert np.array_equal(out.permute(1, 2, 0).numpy(), crop)
-
-
-def train_batches(images, labels, batch, seed=7, rank=0, world=1):
-    return data.TrainBatches(data.Arrays(images, labels), batch, seed, 'cpu', rank, world)
+def load(folder, rank=0, world=1, name='imagenet2012', seed=7, batch=8, eval_batch=4, device='cpu', workers=0,
+         **options):
+    """(training batches, {name: evaluation batches}, their origin)"""
+    return data.load(name, folder, batch, eval_batch, seed, device, rank, world, workers=workers, **options)
 
 
 def take(batches, count):
     return [next(batches) for _ in range(count)]
 
 
-@pytest.mark.parametrize('world', [2, 4])
-def test_same_images_for_any_number_of_ranks_and_any_resume_point(world):
-    images, labels = arrays(100)
-
-    def sequence(rank, world, start, count):
-        return take(train_batches(images, labels, 16, 7, rank, world).batches(start), count)
-    whole = sequence(0, 1, 0, 20)  # more than three epochs of six batches
-    ranks = [sequence(rank, world, 0, 20) for rank in range(world)]
-    for (x, y), *parts in zip(whole, *ranks, strict=True):
-        assert torch.equal(x, torch.cat([part[0] for part in parts]))
-        assert torch.equal(y, torch.cat([part[1] for part in parts]))
-    for start in (1, 5, 6, 13):
-        for (x, y), (a, b) in zip(whole[start:], sequence(0, 1, start, 20 - start), strict=True):
-            assert torch.equal(x, a) and torch.equal(y, b)
-
-
-def test_every_image_once_an_epoch_and_a_new_order_each_time():
-    images, _ = arrays(96)
-    batches = train_batches(images, torch.arange(96), 16).batches(0)
-    epochs = [torch.cat([labels for _, labels in take(batches, 6)]) for _ in range(3)]
-    assert all(sorted(epoch.tolist()) == list(range(96)) for epoch in epochs)
-    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
-    other = train_batches(images, torch.arange(96), 16, seed=8).batches(0)
-    assert not torch.equal(torch.cat([labels for _, labels in take(other, 6)]), epochs[0])
-
-
-def test_half_of_the_images_are_flipped_and_all_crops_are_equally_likely():
-    order, draws = data.augmentation_plan(3, 0, 162 * 500)
-    counts = torch.bincount(draws, minlength=162)
-    assert len(counts) == 162 and 380 < counts.min() and counts.max() < 620  # 500 +- 5.4 standard deviations
-    assert order.sort().values.equal(torch.arange(162 * 500))
-
-
-def test_prefetching_gives_the_same_batches_and_hands_over_errors():
-    images, labels = arrays(100)
-    trn = train_batches(images, labels, 16)
-    for a, b in zip(take(trn._chunks(3), 5), take(data.ahead(trn._chunks(3)), 5), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-    def broken():
-        yield labels,
-        raise OSError('disk gone')
-    chunks = data.ahead(broken())
-    next(chunks)
-    with pytest.raises(OSError, match='disk gone'):
-        next(chunks)
-
-
-@pytest.mark.parametrize('n,batch,world', [(50, 8, 1), (50, 8, 4), (7, 8, 4), (64, 8, 2), (1, 4, 2)])
-def test_every_evaluation_image_once(n, batch, world):
-    images, _ = arrays(n)
-    all_of_them = data.Arrays(images, torch.arange(n))
-    ranks = [list(data.EvalBatches(all_of_them, batch, 'cpu', r, world)) for r in range(world)]
-    assert len({len(batches) for batches in ranks}) == 1  # or the ranks would wait for each other
-    seen = []
-    for x, y in (pair for batches in ranks for pair in batches):
-        assert x.shape == (batch, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
-        real = y != data.IGNORE
-        assert torch.equal(x[real].permute(0, 2, 3, 1), images[y[real]])
-        seen += y[real].tolist()
-    assert sorted(seen) == list(range(n))
-
-
-def test_evaluate_ignores_the_filling():
-    import cifar10_x32
-    images, labels = arrays(50)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
-    logits = net(images.permute(0, 3, 1, 2).float())
-    batches = data.EvalBatches(data.Arrays(images, labels), 8, 'cpu')
-    accuracy, nll = cifar10_x32.evaluate(net, lambda x: net(x.float()), batches, runs.Ranks())
-    assert accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
-    assert nll == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-
-
-def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
-    def resident():
-        return int(Path('/proc/self/status').read_text().split('RssFile:')[1].split()[0]) / 1024
-    np.lib.format.open_memmap(tmp_path / 'x.npy', 'w+', np.uint8, (20000, 64, 64, 3)).flush()  # 245 MB
-    array = np.load(tmp_path / 'x.npy', mmap_mode='c')
-    mapped = data.Arrays(torch.from_numpy(array), torch.zeros(20000, dtype=torch.long), array.base)
-    batches = data.TrainBatches(mapped, 256, 0, 'cpu').batches(0)
-    for i in range(75):
-        next(batches)
-        if i == 20:  # torch's own code has been read from its files by now
-            before = resident()
-    assert resident() - before < 20  # MB
-    batches.close()
-
-
-# ---- data.py: preparation ----
-
-def jpeg(image, quality=90):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'JPEG', quality=quality)
+def encoded(image, kind='JPEG', **options):
+    """The bytes of a file with this image, an array or an Image."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer := io.BytesIO(), kind, **options)
     return buffer.getvalue()
 
-
-def write_tiny(archive):
-    """tiny-imagenet-200.zip with the official layout and a few images, some of them grey."""
-    rng, wnids = np.random.default_rng(0), ['n02', 'n01', 'n03']
-    files = {'wnids.txt': '\n'.join(wnids), 'words.txt': 'n01\tone, first\nn02\ttwo'}
-    for i, wnid in enumerate(wnids):
-        for j in range(4):
-            image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
-            files[f'train/{wnid}/images/{wnid}_{j}.JPEG'] = jpeg(image[:, :, 0] if j == 3 else image)
-        files[f'val/images/val_{i}.JPEG'] = jpeg(image)
-    files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\t{w}\t0\t0\n' for i, w in enumerate(wnids))
-    with zipfile.ZipFile(archive, 'w') as zipped:
-        for name, content in files.items():
-            zipped.writestr(f'tiny-imagenet-200/{name}', content)
-    return files
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return tmp_path, write_tiny(tmp_path / 'tiny-imagenet-200.zip')
-
-
-def test_tiny_imagenet(tiny, monkeypatch):
-    folder, files = tiny
-    with pytest.raises(data.UserError, match='n01_4.JPEG .with .* others. is missing'):
-        data.prepare('TinyImageNet200_x64', folder)
-    assert not (folder / 'TinyImageNet200_x64').exists() and not list(folder.glob('*.part*'))
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x32', folder)
-    read = data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')
-    (images, labels), (test_images, test_labels), about = read
-    names = sorted(name for name in files if name.startswith('train/'))
-    for i, j in enumerate(np.random.RandomState(0).permutation(12)):
-        expected = np.asarray(Image.open(io.BytesIO(files[names[j]])).convert('RGB'))
-        assert np.array_equal(images[i], expected) and labels[i] == int(names[j][8]) - 1  # n01 -> 0
-    assert test_labels.tolist() == [1, 0, 2] and 'sorted' in about
-    (small, same_labels), _, _ = data.read_arrays('TinyImageNet200_x32', folder / 'TinyImageNet200_x32')
-    blocks = images.numpy().reshape(12, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
-    assert np.array_equal(small, np.floor(blocks + 0.5)) and torch.equal(same_labels, labels)
-    assert (folder / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
-    trn, evals, _ = data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
-    assert (len(trn), len(evals['val']), len(evals['tst'])) == (9, 3, 3)  # 12 * 81920 / 100000
-    monkeypatch.delenv(data.INCOMPLETE)
-    with pytest.raises(data.UserError, match='holds 12 of 100000 images'):
-        data.load('TinyImageNet200_x64', folder, 4, 4, 0, 'cpu')
-
-
-def write_tree(root, files):
-    """Files below a folder, and beside them what systems leave behind."""
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for folder in {(root / name).parent for name in files} | {root}:
-        for clutter in ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'):
-            (folder / clutter).parent.mkdir(exist_ok=True)
-            (folder / clutter).write_bytes(b'clutter')
-
-
-def sorted_val(files, pattern):
-    """The files with the images of val moved into class folders, and without the list of their classes."""
-    wnids = dict(line.split('\t')[:2] for line in files['val/val_annotations.txt'].splitlines())
-    moved = {f'val/images/{file}': pattern.format(wnid, file) for file, wnid in wnids.items()}
-    return {moved.get(name, name): x for name, x in files.items() if name != 'val/val_annotations.txt'}
-
-
-@pytest.mark.parametrize('layout', [
-    lambda files: sorted_val(files, 'val/{}/{}'), lambda files: sorted_val(files, 'val/{}/images/{}'),
-    lambda files: sorted_val(files, 'val/images/{}/{}'),
-    lambda files: {f'tiny-imagenet-200/{name}': x for name, x in files.items()},
-    lambda files: {name: x.replace('\n', '\r\n') if 'words' not in name and isinstance(x, str) else x
-                   for name, x in files.items()},
-    lambda files: {name.replace('images/n', 'n'): x for name, x in files.items()},
-    lambda files: {name: x for name, x in files.items() if name != 'words.txt'}])
-@pytest.mark.parametrize('zipped', [False, True])
-def test_layouts_of_tiny_imagenet(tiny, tmp_path, monkeypatch, layout, zipped):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x64', tmp_path)
-    usual, home = tmp_path / 'TinyImageNet200_x64', tmp_path / 'other' / 'tiny-imagenet-200'
-    write_tree(home, layout(tiny[1]))
-    if zipped:  # the files lie on top, without a folder around them
-        shutil.make_archive(home, 'zip', home)
-        shutil.rmtree(home)
-    data.prepare('TinyImageNet200_x64', home.parent)
-    for file in data.FILES:
-        assert (usual / file).read_bytes() == (home.parent / usual.name / file).read_bytes(), file
-
-
-def test_a_damaged_image_is_named(tiny, monkeypatch):
-    folder, files = tiny
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    root = folder / 'tiny-imagenet-200'
-    write_tree(root, files)
-    victim = root / 'train/n01/images/n01_2.JPEG'
-    victim.write_bytes(victim.read_bytes()[:600])
-    with pytest.raises(data.UserError, match='n01_2.JPEG is damaged'):
-        data.prepare('TinyImageNet200_x64', folder)
-    assert not list(folder.glob('TinyImageNet*'))
-
-
-@pytest.mark.parametrize('member', ['../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'])
-def test_zip_members_outside_of_their_folder_are_refused(tmp_path, member):
-    with zipfile.ZipFile(tmp_path / 'tiny-imagenet-200.zip', 'w') as archive:
-        archive.writestr(member, 'x')
-    with pytest.raises(data.UserError, match='points outside'):
-        data.prepare('TinyImageNet200_x64', tmp_path)
-
-
-def test_a_zip_that_zipfile_does_not_know_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
-        archive.writestr('a', 'b')
-    content = bytearray((tmp_path / 'x.zip').read_bytes())
-    content[content.index(b'PK\1\2') + 6] = 255  # the version needed to read it
-    (tmp_path / 'x.zip').write_bytes(content)
-    with pytest.raises(data.UserError, match='x.zip is damaged .*Fetch it again'):
-        data.files_of(tmp_path / 'x.zip')
-
-
-def batch_file(rng, n, size):
-    return {'data': rng.integers(256, size=(n, 3 * size * size), dtype=np.uint8),
-            'labels': rng.integers(1, 1001, size=n).tolist(), 'mean': np.zeros(3 * size * size)}
-
-
-@pytest.mark.parametrize('size,folders,zipped,npz', [
-    (32, ['Imagenet32_train'], False, False), (64, ['Imagenet64_train'], True, False),
-    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, False),
-    (32, ['Imagenet32_train_npz'], False, True), (32, ['Imagenet32_train_npz'], True, True)])
-def test_official_imagenet_batches(tmp_path, monkeypatch, size, folders, zipped, npz):
-    rng, name = np.random.default_rng(0), f'ImageNet1k_x{size}'
-    batches = {f'train_data_batch_{i}': batch_file(rng, 5, size) for i in range(1, 11)}
-    homes = {batch: folders[i * len(folders) // 10] for i, batch in enumerate(batches)} | \
-        {'val_data': f'Imagenet{size}_val' + '_npz' * npz}
-    batches['val_data'] = batch_file(rng, 7, size)
-    for i, (batch, home) in enumerate(homes.items()):
-        content = pickle.dumps(batches[batch], protocol=2 + i % 4)
-        if npz:
-            np.savez(buffer := io.BytesIO(), **batches[batch])
-            content, batch = buffer.getvalue(), f'{batch}.npz'
-        if zipped:
-            with zipfile.ZipFile(tmp_path / f'{home}.zip', 'a') as archive:
-                archive.writestr(batch, content)
-        else:
-            (tmp_path / home).mkdir(exist_ok=True)
-            (tmp_path / home / batch).write_bytes(content)
-    with pytest.raises(data.UserError, match='holds 50 of 1281167'):
-        data.prepare(name, tmp_path)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare(name, tmp_path)
-    (images, labels), (test_images, test_labels), about = data.read_arrays(name, tmp_path / name)
-    pixels = np.concatenate([batches[f'train_data_batch_{i}']['data'] for i in range(1, 11)])
-    assert np.array_equal(images, pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
-    assert (labels + 1).tolist() == sum([b['labels'] for name, b in batches.items() if 'train' in name], [])
-    assert test_labels.tolist() == [x - 1 for x in batches['val_data']['labels']] and 'own order' in about
-    trn, evals, _ = data.load(name, tmp_path, 8, 4, 0, 'cpu')
-    assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
-
-
-def test_missing_imagenet_batches_are_named(tmp_path):
-    with pytest.raises(data.UserError, match='train_data_batch_1, .* not found in .* --synthetic'):
-        data.prepare('ImageNet1k_x32', tmp_path)
-    (tmp_path / 'Imagenet32_train').mkdir()
-    for i in range(1, 10):
-        (tmp_path / 'Imagenet32_train' / f'train_data_batch_{i}').touch()
-    with pytest.raises(data.UserError, match='train_data_batch_10, val_data not found'):
-        data.prepare('ImageNet1k_x32', tmp_path)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ('touch evil',)
-
-
-def test_npz_batches_run_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    np.savez('batch.npz', data=np.array([Evil()], object), labels=[1])
-    with pytest.raises(data.UserError, match='is not a downsampled ImageNet batch .*allow_pickle'):
-        data.read_batch(tmp_path / 'batch.npz', 32)
-    assert not (tmp_path / 'evil').exists()
-
-
-@pytest.mark.parametrize('content', [
-    pickle.dumps({'data': Evil(), 'labels': []}), pickle.dumps(np.array([Evil()], object)), b'', b'\x80\x04x',
-    pickle.dumps({'labels': [1]}), pickle.dumps({'data': np.zeros((1, 9), np.uint8), 'labels': [1]}),
-    pickle.dumps({'data': np.zeros((1, 3072), np.uint8), 'labels': [0]})])
-def test_pickles_run_nothing(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'batch').write_bytes(content)
-    with pytest.raises(data.UserError, match='is not a downsampled ImageNet batch'):
-        data.read_batch(tmp_path / 'batch', 32)
-    assert not (tmp_path / 'evil').exists()
-
-
-def test_checkpoints_run_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({'config': {}, 'net': {'weight': Evil()}}, tmp_path / 'a.pt')
-    with pytest.raises(data.UserError, match='a.pt cannot be read as a checkpoint .*holds objects'):
-        runs.read_checkpoint(tmp_path / 'a.pt', {})
-    assert not (tmp_path / 'evil').exists()
-
-
-def test_downsampled_imagenet_from_the_original_images(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    rng = np.random.default_rng(0)
-    for part in ('train', 'val'):
-        for wnid in reversed(WNIDS[:2]):
-            (tmp_path / 'imagenet2012' / part / wnid).mkdir(parents=True)
-            image = rng.integers(256, size=(90, 120, 3), dtype=np.uint8)
-            (tmp_path / 'imagenet2012' / part / wnid / f'{part}.JPEG').write_bytes(jpeg(image))
-    data.prepare('ImageNet1k_x32', tmp_path)
-    (images, labels), _, about = data.read_arrays('ImageNet1k_x32', tmp_path / 'ImageNet1k_x32')
-    source = Image.open(tmp_path / 'imagenet2012/train/n00000000/train.JPEG').convert('RGB')
-    assert np.array_equal(images[0], np.asarray(source.resize((32, 32), Image.BOX)))
-    assert labels.tolist() == [0, 1] and 'sorted wnids' in about
-
-
-def test_ready_made_arrays_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    folder = tmp_path / 'CIFAR10_x32'
-    folder.mkdir()
-    good = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
-
-    def refused(images, labels, words):
-        np.save(folder / 'train_images.npy', images)
-        np.save(folder / 'train_labels.npy', labels)
-        with pytest.raises(data.UserError, match=words):
-            data.read_arrays('CIFAR10_x32', folder)
-    data.save_arrays(folder, 'test', *good)
-    refused(good[0].astype(np.float32), good[1], 'float32')
-    refused(good[0].transpose(0, 3, 1, 2), good[1], r'but uint8 .*32, 32, 3. is needed')
-    refused(good[0], good[1][:3], '4 images need int64')
-    refused(good[0], good[1].astype(np.int32), 'int32')
-    refused(good[0], good[1] + 10, 'labels 10 to 10, but the classes are 0 to 9')
-    data.save_arrays(folder, 'train', *good)
-    os.truncate(folder / 'test_images.npy', 5000)
-    with pytest.raises(data.UserError, match='test_images.npy cannot be read.*Delete'):
-        data.read_arrays('CIFAR10_x32', folder)
-    (folder / 'test_labels.npy').unlink()
-    with pytest.raises(data.UserError, match='lacks test_labels.npy'):
-        data.prepare('CIFAR10_x32', tmp_path)
-
-
-def test_own_arrays_sorted_by_class_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SETS, 'Own', dict(size=32, classes=5, train=80, val=20, test=10))
-    (tmp_path / 'Own').mkdir()
-    images, labels = arrays(100)[0], torch.arange(100) // 20
-    data.save_arrays(tmp_path / 'Own', 'train', images, labels)
-    data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
-    with pytest.raises(data.UserError, match='Own: .* sorted by class, .* shuffle') as error:
-        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
-    says(str(error.value))
-    data.load('Own', tmp_path, 8, 8, 0, 'cpu', trained_elsewhere=True)
-    data.save_arrays(tmp_path / 'Own', 'train', images, labels[torch.randperm(100)])
-    assert len(data.load('Own', tmp_path, 8, 8, 0, 'cpu')[1]['val']) == 20
-
-
-def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch):
-    def refused(name, words, folder=tmp_path):
-        with pytest.raises(data.UserError, match=words) as error:
-            data.prepare(name, folder)
-        says(str(error.value))
-    for name in ('https_proxy', 'http_proxy'):  # one that nobody serves stands for a missing network
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')
-    (tmp_path / 'disk').symlink_to('/nowhere/disk')
-    refused('CIFAR10_x32', 'disk is a link to /nowhere/disk, which is not there. Is a', tmp_path / 'disk')
-    (tmp_path / 'imagenet2012').symlink_to('/nowhere/imagenet')
-    refused('imagenet2012', 'imagenet2012 is a link to /nowhere/imagenet')
-    (tmp_path / 'file').touch()
-    refused('CIFAR10_x32', 'file is a file, but a folder is needed', tmp_path / 'file')
-    (tmp_path / 'cifar-10-python.tar.gz').write_bytes(b'half')
-    refused('CIFAR10_x32', r'cifar-10-python.tar.gz is damaged .its MD5 differs')
-    from torchvision.datasets import CIFAR10
-    roots = []  # where it is downloaded and extracted: another process may be at it, too
-    with monkeypatch.context() as patch:
-        patch.setattr(CIFAR10, 'download', lambda self: roots.append(Path(self.root)))
-        refused('CIFAR10_x32', 'is damaged')
-    assert roots and roots[0].parent.name.startswith('CIFAR10_x32.part.')
-    monkeypatch.setitem(sys.modules, 'torchvision.datasets', None)  # an import of it fails
-    refused('CIFAR10_x32', 'torchvision cannot be imported .* Install the one that belongs to torch')
-    assert {p.name for p in tmp_path.iterdir()} == {'disk', 'imagenet2012', 'file', 'cifar-10-python.tar.gz'}
-    monkeypatch.setitem(data.SETS, 'Own', dict(size=28, classes=5, train=80, val=20, test=10))
-    with pytest.raises(data.UserError, match='Own has images of 28 px, but the networks take 32 or 64'):
-        data.load('Own', tmp_path, 8, 8, 0, 'cpu')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    monkeypatch.setattr(sys, 'argv', ['data.py', '--data-dir=~/here'])
-    monkeypatch.setattr(data, 'report', lambda data_dir: seen.append(data_dir))
-    seen = []
-    data.main()
-    assert seen == [tmp_path / 'here']
-
-
-def test_a_preparation_leaves_those_of_others_alone(tmp_path):
-    final = tmp_path / 'CIFAR10_x32'
-    with data.new_folder(final) as first:
-        (first / 'a').touch()
-        left_over = first.with_name(first.name + 'x')
-        left_over.mkdir()
-        os.utime(left_over, (0, 0))  # more than a day ago
-        data.remove_left_over(tmp_path, 'CIFAR10_x32')
-        with data.new_folder(final) as second:
-            assert first != second and (first / 'a').exists() and not left_over.exists()
-        (second := final / 'of the second').touch()
-    assert list(tmp_path.iterdir()) == [final] and second.exists()
-
-
-def test_a_killed_preparation_is_begun_anew(tiny, monkeypatch):
-    folder, _ = tiny
-    slow = ('import data, os, signal\n'
-            'data.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
-            f'data.prepare("TinyImageNet200_x64", {str(folder)!r})')
-    run('-c', slow, ok=-9, **SMALL)
-    os.utime(only(folder, 'TinyImageNet200_x64.part.*'), (0, 0))  # more than a day ago
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    data.prepare('TinyImageNet200_x64', folder)
-    assert not list(folder.glob('*.part*'))
-    data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')
-
-
-def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-
-    def output(*words):
-        monkeypatch.setattr(sys, 'argv', ['data.py', *map(str, words), '--data-dir', str(small)])
-        data.main()
-        return capsys.readouterr().out
-    report = output()
-    assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
-    output('preview', 'CIFAR10_x32', tmp_path / 'sheet.png')
-    assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
-    with pytest.raises(SystemExit, match='2'):
-        monkeypatch.setattr(sys, 'argv', ['data.py', 'preview', 'CIFAR10_x32', str(small / 'no' / 'a.png'),
-                                          '--data-dir', str(small)])
-        data.main()
-    says(capsys.readouterr().err, 'No such file', 'a.png')
-    says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
-
-
-# ---- data.py: images in files ----
 
 def picture(rng, height, width):
     """A smooth random image: what JPEG and resizing are made for."""
@@ -843,13 +299,38 @@ def picture(rng, height, width):
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
 
 
-def class_folders(root, names, count, sizes=((120, 160), (200, 150), (300, 400)), suffix='.JPEG'):
-    rng = np.random.default_rng(len(names))
-    for i, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        for j in range(count):
-            image = picture(rng, *sizes[(i + j) % len(sizes)])
-            (root / name / f'{name}_{j}{suffix}').write_bytes(jpeg(image))
+def write_tree(root, files):
+    """Files below a folder; files: {path: content, or a Path that a link leads to}."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            (root / name).symlink_to(content)
+        else:
+            (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def below(folder, files):
+    return {f'{folder}/{name}': content for name, content in files.items()}
+
+
+def clutter(root):
+    """What systems leave behind in every folder."""
+    for folder in [root, *(path for path in root.rglob('*') if path.is_dir())]:
+        write_tree(folder, dict.fromkeys(
+            ('.DS_Store', 'Thumbs.db', '._a.JPEG', '@eaDir/a.JPEG', '__MACOSX/._b.JPEG'), 'clutter'))
+
+
+def zipped(files):
+    with zipfile.ZipFile(buffer := io.BytesIO(), 'w') as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def class_folders(root, names, count, suffix='.JPEG'):
+    rng, sizes = np.random.default_rng(len(names)), ((120, 160), (200, 150), (300, 400))
+    write_tree(root, {f'{name}/{name}_{j}{suffix}': encoded(picture(rng, *sizes[(i + j) % 3]), quality=90)
+                      for i, name in enumerate(names) for j in range(count)})
 
 
 ALL_WNIDS = [f'n{i:08}' for i in range(1000)]
@@ -877,898 +358,51 @@ def make_imagenet(folder):
     return folder
 
 
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return np.frombuffer(buffer.getvalue(), np.uint8).copy()
+def tiny_files():
+    """tiny-imagenet-200 with the official layout and a few images, some of them grey."""
+    rng, wnids = np.random.default_rng(0), ['n02', 'n01', 'n03']
+    files = {'wnids.txt': '\n'.join(wnids), 'words.txt': 'n01\tone, first\nn02\ttwo'}
+    for i, wnid in enumerate(wnids):
+        for j in range(4):
+            image = rng.integers(256, size=(64, 64, 3), dtype=np.uint8)
+            files[f'train/{wnid}/images/{wnid}_{j}.JPEG'] = encoded(image[:, :, 0] if j == 3 else image)
+        files[f'val/images/val_{i}.JPEG'] = encoded(image)
+    files['val/val_annotations.txt'] = ''.join(f'val_{i}.JPEG\t{w}\t0\t0\n' for i, w in enumerate(wnids))
+    return files
 
 
-@pytest.fixture(params=['torchvision', 'torchcodec', 'pillow'])
-def decoder(request, monkeypatch):
-    """Takes the better decoders away until this one is chosen."""
-    if request.param == 'torchcodec':
-        pytest.importorskip('torchcodec.decoders')
-    for better in {'torchcodec': ['torchvision.io'], 'pillow': ['torchvision.io', 'torchcodec.decoders']}.get(
-            request.param, ()):
-        monkeypatch.setitem(sys.modules, better, None)
-    data.jpeg_decoder.cache_clear()
-    yield request.param
-    data.jpeg_decoder.cache_clear()
-
-
-def test_all_kinds_of_files_are_decoded_as_pillow_does(decoder, recwarn):
-    assert data.jpeg_decoder()[0] == decoder
-    image = Image.fromarray(picture(np.random.default_rng(0), 90, 120))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the EXIF tag of orientation: to be ignored
-    files = [encoded(image.convert(mode), kind) for mode, kind in (
-        ('RGB', 'JPEG'), ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'))]
-    files += [encoded(image, 'JPEG', exif=turned), encoded(image, 'JPEG', progressive=True)]
-    for file in files:
-        expected = np.asarray(Image.open(io.BytesIO(file.tobytes())).convert('RGB'))
-        assert np.array_equal(data.decode_tensor(file, 'x').permute(1, 2, 0), expected)
-    assert not recwarn.list  # torchvision has a DeprecationWarning for each image
-    deep = encoded(Image.fromarray(np.arange(0, 65536, 16, np.uint16).reshape(64, 64)), 'PNG')
-    assert np.array_equal(data.decode_tensor(deep, 'x')[1].flatten(), np.arange(4096) // 16)
-    for damaged in (files[0][:600], files[3][:300], np.zeros(0, np.uint8), np.zeros(99, np.uint8)):
-        with pytest.raises(data.UserError, match='some/where.JPEG is damaged'):
-            data.decode_tensor(damaged, 'some/where.JPEG')
-
-
-def test_evaluation_crop_against_torchvision():
-    from torchvision import transforms
-    usual = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
-    for height, width in ((375, 500), (500, 333), (256, 256), (200, 700), (600, 601)):
-        image = np.random.default_rng(height).integers(256, size=(height, width, 3), dtype=np.uint8)
-        ours = data.center_crop(torch.from_numpy(image.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-        error = np.abs(ours.astype(int) - np.asarray(usual(Image.fromarray(image))).astype(int))
-        assert ours.shape == (224, 224, 3) and error.mean() < 0.3 and error.max() <= 2, (height, width)
-
-
-def test_training_crops_are_distributed_as_torchvisions():
-    from torchvision.transforms import RandomResizedCrop
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    for height, width in ((375, 500), (100, 400), (500, 120)):
-        image = torch.empty(3, height, width)
-        boxes = [data.random_box(height, width, rng.random((10, 4))) for _ in range(4000)]
-        usual = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
-        ours, theirs = (np.array(x, float) for x in (boxes, usual))
-        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-        for column, side in enumerate((height, width, height, width)):  # of top, left, height, width
-            deciles = [np.quantile(x[:, column], np.linspace(0, 1, 11)) for x in (ours, theirs)]
-            assert np.abs(deciles[0] - deciles[1]).max() < 0.05 * side, (column, deciles)
-
-
-def jpeg_train(folder, workers=0, rank=0, world=1, seed=7):
-    return data.load('imagenet2012', folder, 8, 4, seed, 'cpu', rank, world, workers=workers)[0]
-
-
-@pytest.mark.filterwarnings('ignore:This DataLoader will create')
-def test_same_crops_for_any_number_of_workers_and_ranks(imagenet, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
-    whole = take(jpeg_train(imagenet).batches(0), 14)  # two epochs of six batches, and more
-    assert whole[0][0].shape == (8, 3, 224, 224) and whole[0][0].dtype == torch.uint8
-    for workers in (1, 3):
-        for a, b in zip(whole, take(jpeg_train(imagenet, workers).batches(0), 14), strict=True):
-            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    ranks = [take(jpeg_train(imagenet, 0, rank, 2).batches(0), 14) for rank in range(2)]
-    for a, *parts in zip(whole, *ranks, strict=True):
-        for k in range(2):
-            assert torch.equal(a[k], torch.cat([part[k] for part in parts]))
-    for a, b in zip(whole[5:], take(jpeg_train(imagenet).batches(5), 9), strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert not torch.equal(whole[0][0], next(jpeg_train(imagenet, seed=8).batches(0))[0])
-    first, second = (torch.cat([labels for _, labels in whole[i:i + 6]]) for i in (0, 6))
-    assert torch.bincount(first).max() <= 5 and not torch.equal(first, second)
-    seen = {x.numpy().tobytes() for images, _ in whole for x in images}
-    assert len(seen) == 14 * 8  # other crops in every epoch
-
-
-def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
-    monkeypatch.setattr(data, 'CGROUPS', tmp_path)
-    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
-    for files, workers in (({'cpu.max': 'max 100000\n'}, 16), ({'cpu.max': '400000 100000\n'}, 4),
-                           ({'cpu.max': '50000 100000'}, 1), ({'cpu.max': ''}, 16),
-                           ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 16),
-                           ({'cpu/cpu.cfs_quota_us': '300000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 3)):
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(content)
-        assert data.default_workers() == workers, files
-        (tmp_path / 'cpu.max').unlink(missing_ok=True)
-    shutil.rmtree(tmp_path / 'cpu')
-    for ranks, workers in ((1, 16), (8, 2), (32, 1)):
-        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
-        assert data.default_workers() == workers
-
-
-@pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
-def test_every_evaluation_file_once(imagenet, monkeypatch, batch, world, workers):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    ranks = []
-    for rank in range(world):
-        evals = data.load('imagenet2012', imagenet, 8, batch, 0, 'cpu', rank, world, workers=workers)[1]
-        ranks.append(list(evals['val']))
-    assert len(evals['val']) == 22 and len({len(batches) for batches in ranks}) == 1
-    images, labels = (torch.cat([pair[k] for batches in ranks for pair in batches]) for k in range(2))
-    assert len(images) == len(ranks[0]) * batch * world
-    images, labels = images[labels >= 0], labels[labels >= 0]
-    assert labels.bincount().tolist() == [2] * 11 and len({x.numpy().tobytes() for x in images}) == 22
-
-
-def test_test_sets_of_imagenet(imagenet, monkeypatch):
-    """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
-    import imagenet2012
-    with pytest.raises(data.UserError, match='holds 55 of 1281167 images, in 11 of 1000 classes'):
-        data.prepare('imagenet2012', imagenet)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    _, evals, _ = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=0)
-    assert list(evals) == ['val', 'IN-V2', 'IN-R']
-    assert evals['IN-V2'].images.labels.tolist() == [0, 1, 10, 2] and evals['IN-V2'].absent is None
-    assert evals['IN-R'].images.labels.tolist() == [1, 1, 2, 2]
-    logits = torch.full((4, 1000), 5.0)
-    logits[:, 1] = 1.0
-    accuracy, nll = imagenet2012.evaluate(torch.nn.Identity(), lambda x: logits, evals['IN-R'], runs.Ranks())
-    restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
-    assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
-    folder = imagenet / 'imagenet-r'
-    with pytest.raises(data.UserError, match='n00000002 is none of the 2 classes'):
-        data.label_images(*data.list_images(folder), WNIDS[:2], 200, 30000)
-    monkeypatch.delenv(data.INCOMPLETE)
-    with pytest.raises(data.UserError, match='holds 4 of 30000 images, in 2 of 200 classes'):
-        data.label_images(*data.list_images(folder), WNIDS, 200, 30000)
-
-
-def kaggle(files, csv, home=''):
-    """The files in the folders of Kaggle's ImageNet, with a list of the classes of val."""
-    moved = {f'{home}ILSVRC/Data/CLS-LOC/{name}': x for name, x in files.items() if name[0] in 'tv'}
-    moved |= {f'{home}ILSVRC/Annotations/CLS-LOC/{name[:-4]}xml': '' for name in moved if '/train/' in name}
-    return moved | {csv: 'ImageId,PredictionString\r\n' + ''.join(
-        f'ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \r\n' for i, wnid in enumerate(VAL, 1))}
-
-
-VAL = ['n00000003', 'n00000001', 'n00000003', 'n00000007']  # the classes of ILSVRC2012_val_00000001 and on
-TRUTH = ''.join(f'{int(wnid[1:]) + 1}\n' for wnid in VAL)
-FLAT = {f'train/{wnid}/{wnid}_{i}.JPEG': b'' for wnid in sorted({*VAL}) for i in range(2)} | {
-    f'val/ILSVRC2012_val_{i:08}.JPEG': b'' for i in range(1, 5)}
-KIT = {'meta.mat': meta_mat(ALL_WNIDS), 'ILSVRC2012_validation_ground_truth.txt': TRUTH}
-TREES = {  # below --data-dir, and whether the order of all 1000 classes is known
-    'kit': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
-        f'imagenet2012/ILSVRC2012_devkit_t12/data/{k}': x for k, x in KIT.items()}, True),
-    'kit beside, lines of Windows': ({f'imagenet2012/{k}': x for k, x in FLAT.items()} | {
-        f'ILSVRC2012_devkit_t12/data/{k}': x.replace('\n', '\r\n') if k[0] == 'I' else x
-        for k, x in KIT.items()}, True),
-    'val alone': ({f'imagenet2012/{k}': x for k, x in {**FLAT, **KIT}.items() if k[0] != 't'}, True),
-    'kaggle moved': (kaggle(FLAT, 'imagenet2012/LOC_val_solution.csv', 'imagenet2012/'), False),
-    'kaggle, csv beside': ({k.replace('ILSVRC/Data/CLS-LOC', 'imagenet2012'): x for k, x in kaggle(
-        FLAT, 'LOC_val_solution.csv').items() if 'Annot' not in k}, False),
-    'kaggle linked': (kaggle(FLAT, 'kaggle/LOC_val_solution.csv', 'kaggle/'), False),
-    'names of hubs': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
-        f'imagenet2012/val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': b'' for i, wnid in enumerate(VAL, 1)}, False),
-    'train flat, folders twice': ({'imagenet2012/' + (
-        f'train/train/{Path(k).name}' if k[0] == 't' else f'val/val/{VAL[int(k[-6]) - 1]}/{Path(k).name}'): x
-        for k, x in FLAT.items()}, False),
-    'empty folders': ({f'imagenet2012/{k}': x for k, x in FLAT.items() if k[0] == 't'} | {
-        f'imagenet2012/val/{wnid}/{i}.JPEG': b'' for i, wnid in enumerate(VAL)} | {
-        f'imagenet2012/train/{wnid}/.keep': b'' for wnid in ALL_WNIDS}, True),
-}
-
-
-@pytest.mark.parametrize('layout', TREES)
-def test_layouts_of_imagenet(tmp_path, monkeypatch, layout):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    files, known = TREES[layout]
-    write_tree(tmp_path, files)
-    if layout == 'kaggle linked':
-        (tmp_path / 'imagenet2012').symlink_to(tmp_path / 'kaggle/ILSVRC/Data/CLS-LOC')
-    parts, wnids, _ = data.open_imagenet(tmp_path)
-    assert wnids == (ALL_WNIDS if known else sorted({*VAL}))
-    of_val = {os.fsdecode(name): wnids[label] for name, label in zip(
-        parts['val'].names.tolist(), parts['val'].labels.tolist(), strict=True)}
-    assert [of_val[name] for name in sorted(of_val, key=lambda name: name[-8:])] == VAL or (
-        sorted(of_val.values()) == sorted(VAL) and layout in ('names of hubs', 'empty folders'))
-    if layout != 'val alone':
-        assert [wnids[label] for label in parts['train'].labels] == sorted([*{*VAL}] * 2)
-    given = dict(trained_elsewhere=True, workers=0)
-    if known:  # few classes, but each in its place among all: weights that always say 3 are right twice
-        val = data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)[1]['val']
-        assert sorted(val.images.labels.tolist()) == [1, 3, 3, 7]
-    else:
-        with pytest.raises(data.UserError, match='has 3 of the 1000 classes .*unpack imagenet2012') as error:
-            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', **given)
-        says(str(error.value))
-        data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)  # but good for a trial
-    shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003', ignore_errors=True)
-    if layout in ('kit', 'names of hubs'):
-        with pytest.raises(data.UserError, match='imagenet2012: val has images of 1 classes that no '):
-            data.load('imagenet2012', tmp_path, 4, 4, 0, 'cpu', workers=0)
-
-
-def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
-    shutil.copy(imagenet / 'meta.mat', tmp_path)
-    class_folders(tmp_path / 'imagenet-sketch/sketch', WNIDS[:2], 1)
-    class_folders(tmp_path / 'imagenet-a', ['n99999999'], 1)
-    (tmp_path / 'imagenet-r').mkdir()
-    (tmp_path / 'imagenetv2-matched-frequency-format-val').mkdir()
-    (tmp_path / 'imagenetv2-matched-frequency-format-val/a.jpeg').touch()
-    evals, about = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1:]
-    assert list(evals) == ['val', 'IN-Sketch'] and evals['IN-Sketch'].images.labels.tolist() == [0, 1]
-    assert f'decoded by {data.jpeg_decoder()[0]}' in about
-    left_out = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in left_out] == ['IN-V2', 'IN-R', 'IN-A']
-    assert evals['IN-Sketch'].absent is None
-    absent = data.load('imagenet2012', imagenet, 8, 4, 0, 'meta', workers=0)[1]['IN-R'].absent
-    assert absent.device.type == 'meta' and absent.dtype == torch.bool  # where the logits are
-
-
-def test_the_list_of_files_is_whole_or_not_there(tmp_path, monkeypatch):
-    class_folders(tmp_path / 'train', WNIDS[:2], 2)
-
-    def full(file, **arrays):
-        file.write(b'half')
-        raise OSError('No space left')
-    monkeypatch.setattr(np, 'savez', full)
-    assert len(data.list_images(tmp_path / 'train')[1]) == 4
-    assert [path.name for path in tmp_path.iterdir()] == ['train']
-
-
-@pytest.mark.parametrize('where', ['loader', 'main'])
-def test_an_error_ends_the_program_and_its_loader_processes(imagenet, tmp_path, where):
-    """In a loader process, or in the loop, whose traceback keeps the batches; SIGTERM changes nothing."""
-    (tmp_path / 'program.py').write_text(f'''
-import multiprocessing, sys
-sys.path.insert(0, {str(HERE)!r})
-import data
-
-def broken(image, draws, flip):
-    raise RuntimeError('a crop of a wrong shape')
-
-def main():
-    if {where!r} == 'loader':
-        data.random_crop = broken
-    trn = data.load('imagenet2012', {str(imagenet)!r}, 8, 4, 0, 'cpu', workers=2)[0]
-    for _ in (batches := trn.batches(0)):
-        print(*[process.pid for process in multiprocessing.active_children()], flush=True)
-        raise RuntimeError('a crop of a wrong shape')
-
-if __name__ == '__main__':
-    main()
-''')
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, tmp_path / 'program.py'], env={**os.environ, **SMALL}, timeout=60,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and 'RuntimeError: a crop of a wrong shape' in done.stderr, done.stderr
-    assert where == 'main' or ('in broken' in done.stderr and 'process died' not in done.stderr)
-    assert time.monotonic() - began < 15  # the start included
-    for pid in done.stdout.split():
-        assert not Path('/proc', pid).exists()
-
-
-def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    at_exit = set()
-    monkeypatch.setattr(data, 'atexit', SimpleNamespace(register=at_exit.add, unregister=at_exit.remove))
-    val = data.load('imagenet2012', imagenet, 8, 4, 0, 'cpu', workers=1)[1]['val']
-    batches = iter(val)
-    next(batches)
-    assert at_exit and multiprocessing.active_children()
-    batches.close()
-    assert not at_exit and not multiprocessing.active_children()
-
-
-def test_the_list_of_files_follows_the_folders(tmp_path):
-    class_folders(tmp_path / 'train', WNIDS[:2], 2)
-    classes, images = data.list_images(tmp_path / 'train')
-    assert (tmp_path / 'train-index.npz').exists()
-    classes_again, again = data.list_images(tmp_path / 'train')
-    assert classes_again == classes and np.array_equal(again.names, images.names)
-    assert again.path == images.path and np.array_equal(again.labels, images.labels)
-    (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
-    assert len(data.list_images(tmp_path / 'train')[1]) == 5
-    (tmp_path / 'train-index.npz').write_bytes(b'damaged')
-    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+TINY = tiny_files()
+TINY_ZIP = zipped(below('tiny-imagenet-200', TINY))
 
 
 @pytest.fixture
-def archives(tmp_path):
-    """The official archives, small: training tars in a tar, flat val, development kit with a MATLAB file."""
-    rng = np.random.default_rng(0)
-
-    def tar(path, files, mode='w'):
-        with tarfile.open(path, mode) as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    inner = {}
-    for wnid in WNIDS[:5]:
-        tar(tmp_path / 'inner', {f'{wnid}_{j}.JPEG': jpeg(picture(rng, 80, 90)) for j in range(2)})
-        inner[f'./{wnid}.tar'] = (tmp_path / 'inner').read_bytes()
-    tar(tmp_path / data.ARCHIVES[0], inner)
-    order = [3, 1, 4, 0, 2]  # the kit has an order of its own
-    truth = [1, 5, 2, 2, 3, 4] * 9000
-    kit = {'meta.mat': meta_mat(WNIDS[i] for i in order), '../../evil': b'x',
-           'ILSVRC2012_validation_ground_truth.txt': '\n'.join(map(str, truth[:50000])).encode()}
-    tar(tmp_path / data.ARCHIVES[2], {f'ILSVRC2012_devkit_t12/data/{k}': v for k, v in kit.items()}, 'w:gz')
-    images = {f'ILSVRC2012_val_{i:08}.JPEG': jpeg(picture(rng, 60, 70)) for i in range(1, 7)}
-    tar(tmp_path / data.ARCHIVES[1], images | {'/tmp/evil.JPEG': b'x'})
-    return tmp_path, [order[i - 1] for i in truth[:6]]
-
-
-def test_official_archives_and_flat_val(archives, monkeypatch):
-    folder, val_labels = archives
-    with pytest.raises(data.UserError, match='unpack imagenet2012.* --synthetic'):
-        data.prepare('imagenet2012', folder)
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    half = folder / 'imagenet2012/train' / WNIDS[0]  # extracted in part, the second file not to its end
-    half.mkdir(parents=True)
-    (half / f'{WNIDS[0]}_1.JPEG').write_bytes(b'xx')
-    (folder / 'imagenet2012/val').mkdir()
-    (folder / data.ARCHIVES[1]).rename(folder / 'imagenet2012/val' / data.ARCHIVES[1])
-    data.unpack_imagenet(folder)
-    parts, wnids, _ = data.open_imagenet(folder)
-    assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert data.decode_tensor(*parts['train'].read(1)).shape == (3, 80, 90)
-    assert parts['val'].labels.tolist() == val_labels and len(data.decode_tensor(*parts['val'].read(5))) == 3
-    before = {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
-    data.unpack_imagenet(folder)  # adds nothing
-    assert before == {file: file.stat().st_mtime_ns for file in (folder / 'imagenet2012').rglob('*.JPEG')}
-    assert not list(folder.rglob('*evil*')) and not list(folder.rglob('*.part*'))
-    (folder / 'imagenet2012/val/other.jpg').touch()
-    with pytest.raises(data.UserError, match='nothing says the class of other.jpg'):
-        data.open_imagenet(folder)
-    (folder / 'imagenet2012/val/other.jpg').unlink()
-    (folder / 'imagenet2012/ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 128 + b'\x0fdamaged')
-    with pytest.raises(data.UserError, match='meta.mat cannot be read'):
-        data.open_imagenet(folder)
-    monkeypatch.delenv(data.INCOMPLETE)
-    (folder / 'imagenet2012/val' / WNIDS[0]).mkdir()  # sorted by somebody, who was stopped
-    with pytest.raises(data.UserError, match='only 0 images in them. Delete .*val, then run this again'):
-        data.unpack_imagenet(folder)
-    (folder / 'imagenet2012/val' / data.ARCHIVES[1]).rename(folder / data.ARCHIVES[1])
-    for archive in data.ARCHIVES:
-        os.truncate(folder / archive, 700)
-    with pytest.raises(data.UserError, match='is damaged .*Fetch it again'):
-        shutil.rmtree(folder / 'imagenet2012')
-        data.unpack_imagenet(folder)
-
-
-@pytest.mark.parametrize('short_side', [None, 64])
-def test_pack(imagenet, tmp_path, monkeypatch, short_side):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
-    files = data.open_imagenet(tmp_path)[0]
-    data.pack_imagenet(tmp_path, short_side)
-    packed, wnids, about = data.open_imagenet(tmp_path)
-    assert wnids == ALL_WNIDS and 'packed' in about
-    for part in ('train', 'val'):
-        assert np.array_equal(packed[part].labels, files[part].labels)
-        for i in range(len(files[part])):
-            (a, path), (b, where) = files[part].read(i), packed[part].read(i)
-            assert Path(path).name == Path(where).name
-            if part == 'val' or not short_side:
-                assert np.array_equal(a, b)
-            else:
-                assert min(data.decode_tensor(b, '').shape[1:]) == 64
-    with pytest.raises(data.UserError, match='is there already'):
-        data.pack_imagenet(tmp_path)
-    os.truncate(tmp_path / 'imagenet2012-pack/train.bin', 500)
-    with pytest.raises(data.UserError, match='train.bin has 500 bytes'):
-        data.open_imagenet(tmp_path)
-
-
-def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, monkeypatch, capsys):
-    from torchvision.models import resnet18
-    from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
-
-    import imagenet2012
-    torch.manual_seed(0)
-    net = resnet18().eval()
-    torch.save(net.state_dict(), tmp_path / 'resnet18.pth')
-    usual = Compose([Resize(256), CenterCrop(224), ToTensor(),
-                     Normalize(*(data.IMAGENET_PIXELS[k] for k in ('mean', 'std')))])
-    files = sorted((imagenet / 'imagenet2012/val').rglob('*.JPEG'))
-    with torch.no_grad():
-        logits = net(torch.stack([usual(Image.open(file)) for file in files]))
-    labels = torch.tensor([WNIDS.index(file.parent.name) for file in files])
-    command = ['imagenet2012.py', '--data-dir', imagenet, '--precision', 'fp32', '--device', 'cpu',
-               '--batch', 8, '--workers', 0, '--eval', tmp_path / 'resnet18.pth']
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    monkeypatch.setattr(sys, 'argv', [*map(str, command)])
-    once, evaluated = data.JpegEvalBatches.__iter__, []
-    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: evaluated.append(x) or once(x))
-    imagenet2012.main()
-    printed = capsys.readouterr().out
-    assert len(evaluated) == len(printed.splitlines()) == 3
-    accuracy, nll = re.search(r'^val +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
-    assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
-    assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
-    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--depth', '34'])
-    with pytest.raises(data.UserError, match='does not fit --depth'):
-        imagenet2012.main()
-    (tmp_path / 'imagenet2012').mkdir()  # val alone is enough
-    (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
-    shutil.copy(imagenet / 'meta.mat', tmp_path)
-    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--data-dir', str(tmp_path)])
-    imagenet2012.main()
-    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
-
-
-def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypatch):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    shutil.copytree(imagenet / 'imagenet2012', tmp_path / 'imagenet2012')
-    batches = jpeg_train(tmp_path, 1).batches(0)
-    next(batches)
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
-    with pytest.raises(OSError, match='A loader process died .*--workers'):
-        take(batches, 99)
-
-    def broken(tensor, device):
-        raise RuntimeError('device-side assert')
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
-        patch.setattr(data, 'to_device', broken)  # this is no loader's fault
-        next(jpeg_train(tmp_path, 0).batches(0))
-    for file in (tmp_path / 'imagenet2012/train').rglob('*_4.JPEG'):
-        os.truncate(file, 900)
-    for workers in (0, 2):
-        with pytest.raises(data.UserError, match=r'_4.JPEG is damaged') as error:
-            take(jpeg_train(tmp_path, workers).batches(0), 6)
-        says(str(error.value))
-        assert not multiprocessing.active_children()  # they would keep the program from ending
-    with pytest.raises(data.UserError, match=r'_4.JPEG is damaged'):
-        data.pack_imagenet(tmp_path, 256)
-    victim = next((tmp_path / 'imagenet2012/val').rglob('*_0.JPEG'))
-    evals = data.load('imagenet2012', tmp_path, 8, 4, 0, 'cpu', workers=0)[1]
-    victim.unlink()
-    with pytest.raises(data.UserError, match='_0.JPEG: No such file'):
-        list(evals['val'])
-    shutil.rmtree(tmp_path / 'imagenet2012/val')
-    with pytest.raises(data.UserError, match='no images of imagenet2012 for val'):
-        main('imagenet2012.py', '--batch', 4, '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs')
-
-
-# ---- logs/table.py ----
-
-RUN = Path('logs', 'CIFAR10_x32', 'resnet_20x1-iter_1k-wd_0.0010-bf16', '1', '20261122-204359.log')
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A copy of what git tracks (runs of your own do not count), or of everything where there is no git."""
-    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=HERE, capture_output=True, text=True)
-    if listed.returncode:
-        ignore = shutil.ignore_patterns('.venv', 'datasets', '*.last.pt', '*.prev.pt', '__pycache__')
-        shutil.copytree(HERE, tmp_path, ignore=ignore, dirs_exist_ok=True)
-    for name in filter(None, listed.stdout.split('\0')):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HERE / name, tmp_path / name)
+def tiny(tmp_path):
+    """--data-dir with a small tiny-imagenet-200.zip."""
+    write_tree(tmp_path, {'tiny-imagenet-200.zip': TINY_ZIP})
     return tmp_path
 
 
-def test_pages_are_current(repository):
-    assert tables.check(repository) == []
+def batch_file(rng, n, size):
+    return {'data': rng.integers(256, size=(n, 3 * size * size), dtype=np.uint8),
+            'labels': rng.integers(1, 1001, size=n).tolist(), 'mean': np.zeros(3 * size * size)}
 
 
-def test_a_log_that_contradicts_itself_is_found(repository):
-    path = repository / RUN
-    text = path.read_text()
-    unfinished = text[:text.index('val    acc')]
-    *_, row_600, _, _, row_900, row_1000 = [line for line in unfinished.splitlines() if line.strip()]
-    of_result = (
-        (' val_acc=0.7211', ' val_acc=0.7311', 'val_acc=0.7311, the last row with * 0.7211'),
-        (' val_nll=0.7758', ' val_nll=0.7', 'val_nll=0.7, the last row with * 0.7758'),
-        (' best_iter=1000', ' best_iter=900', 'best_iter=900, the last row with * 1000'),
-        (' tst_acc=0.7140', ' tst_acc=0.7141', 'tst_acc=0.7141, the lines below the rows 0.7140'),
-        (' tst_nll=0.8019', '', 'tst_nll=None, the lines below the rows 0.8019'),
-        (' tst_acc=', ' in_acc=0.9 tst_acc=', 'in_acc=0.9, the lines below the rows None'),
-        (' params=272474', ' params=272475', 'params=272475, the header 272474'),
-        (' iters=1000', ' iters=2000', 'iters=2000, the header 1000'),
-        (' wd=0.001', ' wd=0.002', 'wd=0.002, the header 0.001'),
-        (' seed=1', ' seed=4', 'seed=4, the header 1'),
-        (' iter_per_min=172', ' iter_per_min=372', 'iter_per_min=372, the last row 172'),
-        (' img_per_s=810', ' img_per_s=1810', 'img_per_s=1810, its rows '),
-        (' hours=0.097', ' hours=0.07', 'hours=0.07, the last row 0:05:48'),
-        (' world=1', ' world=2', 'the last start 1 x AMD'),
-        (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, the last start AMD EPYC'),
-        (row_1000, '', 'every 100 updates, each once, up to 1000'),
-        (' best_iter=1000', '', 'best_iter=None, the last row with * 1000'),
-        (' hours=0.097', '', 'hours=nan, the last row 0:05:48'),
-        (' hours=0.097', ' hours=x', 'could not convert string to float'),
-        (' world=1', '', 'device=AMD EPYC, 2 threads, the last start 1 x AMD'),
-        (' seed=1', ' seed=1 seed=1', 'the RESULT line has a key twice'),
-        (' threads" torch', ' thr', 'the RESULT line cannot be read (No closing quotation)'),
-        ('RESULT', 'RESULT x\nRESULT', 'the RESULT line cannot be read'),
-        ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one'))
-    of_all = (
-        ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
-        ('\nwd                    : 0.001', '\nwd                    : 0.002', 'it belongs into CIFAR10_x32'),
-        ('\nlr                    : 0.1', '\nlr                    : x', 'could not convert'),
-        ('depth                 : 20\n', '', "its header is incomplete ('depth')"),
-        ('command ', 'commend ', "its header is incomplete ('command')"),
-        ('\n    500', '\n   x500', 'every 100 updates, each once'),
-        (row_900, f'{row_900}\n{row_900}', 'every 100 updates, each once'),
-        (row_1000, row_1000[:-2], 'row 1000 is not marked as the best, wrongly'),
-        (row_600, f'{row_600} *', 'row 600 is marked as the best, wrongly'))
-    for whole, cases in ((text, of_result + of_all), (unfinished, of_all)):
-        for old, new, words in cases:
-            head, found, tail = whole.rpartition(old)
-            assert found, old
-            path.write_text(head + new + tail)
-            problems = tables.check(repository)
-            assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
-    page = (repository / 'logs' / 'README.md').read_bytes()
-    assert tables.check(repository, write=True) and (repository / 'logs' / 'README.md').read_bytes() == page
-    for good in (text, unfinished, unfinished.replace(row_1000, ''), unfinished[:unfinished.index('\n\n')]):
-        path.write_text(good)
-        assert not [problem for problem in tables.check(repository) if str(path) in problem]
-    shutil.move(path, path.parents[1] / '2')
-    assert any(f'{RUN.parts[-3]}/1' in problem for problem in tables.check(repository))
+def npz(**content):
+    np.savez(buffer := io.BytesIO(), **content)
+    return buffer.getvalue()
 
 
-def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(reference_run, repository):
-    log = tables.read_log(only(reference_run[0], '*.log'))
-    assert list(tables.contradictions(log, reference_run[0])) == []
-    path = repository / RUN
-    text = path.read_text()
-    for old, new in (('1 x AMD EPYC, 2 threads', '2 x GPU'), (' 0:05:48', ' 1 day, 0:05:48'),
-                     ('hours=0.097', 'hours=24.097'),
-                     ('   1000 ', 'resumed at update 900 on 1 x AMD EPYC, 2 threads\n   1000 ')):
-        assert old in text
-        text = text.replace(old, new, 1)
-    path.write_text(text)
-    assert list(tables.contradictions(tables.read_log(path), repository / 'logs')) == []
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch evil',)
 
 
-def test_a_page_that_is_wrong_is_found_and_written_again(repository):
-    shift = str.maketrans('0123456789', '1234567890')
-    for name, figures in (('README.md', (r'\*\*0\.\d{4}\*\*', r'[\d.]+ % (?:higher|lower)')),
-                          ('logs/README.md', (r'\*\*0\.\d{4}\*\*', r'\| 0\.\d{3} \|', r'bf16 +\d+'))):
-        path, heading = repository / name, '## Results'
-        text = path.read_text()
-        figures = [re.search(figure, text)[0] for figure in figures]
-        for old, new, words in (*((figure, figure.translate(shift), figure) for figure in figures),
-                                (heading, f'{heading}\n[x](no.md)', 'no.md is dead'),
-                                (heading, f'{heading}\n[x](#nothing)', '#nothing is dead'),
-                                (heading, f'{heading}\n![x](logs/no.png)', 'logs/no.png is dead')):
-            path.write_text(text.replace(old, new, 1))
-            assert [words in problem for problem in tables.check(repository)] == [True], words
-        path.write_text(text.replace(heading, f'{heading}\n[a](#results) [b](README.md) [c](https://x.org/no)'))
-        assert tables.check(repository) == []
-        path.write_text(text.replace(figures[0], figures[0].translate(shift), 1))
-        assert tables.check(repository, write=True) == [] and path.read_text() == text
-        path.write_text(text.replace('<!-- end of results -->', ''))
-        with pytest.raises(data.UserError, match='end of results'):
-            tables.check(repository)
-        path.write_text(text)
-    (repository / RUN).unlink()
-    assert any('disagrees' in problem for problem in tables.check(repository))
+def age(*paths):
+    for path in paths:
+        os.utime(path, (0, 0))  # more than a day ago: left over, then
 
 
-def test_logs_of_copies_and_parts_stay_out(repository):
-    for name in ('mine', 'CIFAR10_x32-synthetic', 'CIFAR10_x32-incomplete'):
-        (repository / 'logs' / name / '1').mkdir(parents=True)
-        shutil.copy(repository / RUN, repository / 'logs' / name / '1')
-    assert tables.check(repository) == []
-
-
-def made(seed=1, stamp='1', rows=((1000, 1.9), (2000, 1.2)), stopped=False, **changed):
-    """A run of R20x1, of the schedule of its row."""
-    log = tables.read_log(HERE / RUN)
-    changed = dict(iters='48000', precision='fp32', seed=str(seed)) | changed
-    result = {key: value for key, value in (log.result | changed).items() if value}
-    header = log.header | {key: value for key, value in changed.items() if key in log.header}
-    return SimpleNamespace(path=Path('/logs/CIFAR10_x32/run', str(seed), f'{stamp}.log'), header=header,
-                           rows=[dict(iter=str(it), trn_loss=str(loss)) for it, loss in rows],
-                           result=None if stopped else result,
-                           devices=changed.get('device', log.devices))
-
-
-def cells(markdown):
-    titles, _, *rest = [line[2:-2].split(' | ') for line in markdown.splitlines() if line.startswith('|')]
-    return [dict(zip(titles, line, strict=True)) for line in rest]
-
-
-def beside(dataset, *logs):
-    """(lines of the table of a data set, lines of the table of other runs)"""
-    reference = tables.read_reference(HERE / 'logs')
-    lines, others = tables.make_lines(reference, logs)
-    return (cells(tables.data_set_table([line for line in lines if line[0]['dataset'] == dataset])),
-            cells(tables.runs_table(others)) if others else [])
-
-
-def test_the_reference_is_what_it_was():
-    rows = tables.read_reference(HERE / 'logs')
-    assert len(rows) == 42 and [row['source'] for row in rows].count('seed') == 37
-    for row in rows:
-        assert row['curve'].keys() == {str(it) for it in range(1000, int(row['iters']) + 1, 1000)} or (
-            row['source'] == 'later' and not row['curve'])
-        if row['curve'] and (row['dataset'], row['depth']) != ('CIFAR10_x32', '56'):  # it is of update 45000
-            best = max(float(point['val_acc']) for point in row['curve'].values())
-            assert best == pytest.approx(float(row['val_acc']), abs=6e-4)
-
-
-def test_runs_stand_beside_the_row_of_their_net_and_schedule():
-    lines, others = beside(
-        'CIFAR10_x32', made(), made(precision='bf16', depth='32'), made(depth='18', precision='bf16'),
-        made(depth='110', val_acc='0.78'), made(depth='56', iters='24000'), made(depth='44', lr='0.2'),
-        made(depth='44', batch='128'), made(depth='44', wd='0.002'), made(depth='110', seed=5, stopped=True))
-    found = [(line['net, parameters'][:5], line['precision'], line['log by seed'] != '') for line in lines]
-    assert found == [
-        ('R20x1', 'fp32 / **fp32**', True), ('R20x2', 'fp32', False), ('R20x4', 'fp32', False),
-        ('R32x1', 'fp32 / **bf16**', True), ('R44x1', 'fp32', False), ('R56x1', 'fp32', False),
-        ('R18x1', 'fp32', False), ('R18x1', 'fp16 / **bf16**', True)]
-    assert [line['val'] for line in lines[:2]] == ['0.923 / **0.7211**', '0.947']
-    assert [(line['net'], line['settings']) for line in others] == [
-        ('R110x1, fp32', '48000 updates, batch 256, lr 0.1, wd 0.001'),
-        ('R56x1, fp32', '24000 updates, batch 256, lr 0.1, wd 0.001'),
-        ('R44x1, fp32', '48000 updates, batch 256, lr 0.2, wd 0.001'),
-        ('R44x1, fp32', '48000 updates, batch 128, lr 0.1, wd 0.001'),
-        ('R44x1, fp32', '48000 updates, batch 256, lr 0.1, wd 0.002')]
-    assert others[0]['ours'] == 'val 0.7800, tst 0.7140' and 'reference' not in others[0]
-    lines, _ = beside('CIFAR10_x32', made(depth='18'))  # fp32 where the reference has both
-    assert [line['precision'] for line in lines[-2:]] == ['fp32 / **fp32**', 'fp16']
-
-
-def test_means_over_seeds_and_which_of_two_runs_counts():
-    lines, _ = beside(
-        'CIFAR10_x32', made(2, val_acc='0.93'), made(1, val_acc='0.92'), made(10, val_acc='0.94'),
-        made(1, stamp='0', val_acc='0.1'), made(1, stamp='2', stopped=True),
-        made(1, device='another', val_acc='0.91'))
-    assert lines[0]['val'] == '0.923 / **0.9300 ± 0.0100**'
-    assert lines[0]['tst'] == '0.924 / **0.7140 ± 0.0000**'
-    assert re.findall(r'\[(\d+)\]\((\S+?)\)', lines[0]['log by seed']) == [
-        (seed, f'CIFAR10_x32/run/{seed}/1.log') for seed in ('1', '2', '10')]
-    assert lines[1]['val'] == '0.923 / **0.9100**' and len(lines) == 9
-
-
-def test_runs_that_were_stopped_are_compared_row_by_row():
-    reference = {'1000': 1.959, '2000': 1.198}
-    lines, others = beside(
-        'CIFAR10_x32', made(1, stopped=True, rows=[(1000, 1.9), (1500, 1.4), (2000, 1.3), (2500, 1.1)]),
-        made(2, stopped=True, rows=[(1000, 2.0)]),
-        made(2, stamp='2', stopped=True, rows=[(1000, 1.959), (2000, 'inf')]))  # fp16 skipped an update
-    assert [line['log by seed'][:3] for line in lines[:3]] == ['[1]', '[2]', ''] and not others
-    assert [line['updates'] for line in lines[:3]] == ['**2500**', '**2000**', '']
-    assert [line['trn loss, reference / ours'] for line in lines[:3]] == [
-        '1.198 / **1.3000**', '1.959 / **1.9590**', '']
-    mean = (1.9 / reference['1000'] * 1.3 / reference['2000']) ** 0.5
-    assert [line['mean ratio'] for line in lines[:3]] == [f'**{mean:.3f}**', '**1.000**', '']
-    assert lines[0]['val'] == '0.923'
-
-
-def test_tables_have_nine_columns_none_of_them_empty():
-    reference = tables.read_reference(HERE / 'logs')
-    large = dict(dataset='imagenet2012', depth='50', batch='2048', iters='64000', lr='0.8', wd='0.0001')
-    full = made(**large, precision='fp16', val_acc='0.76', inv2_acc='0.64', tst_acc='', tst_nll='',
-                rows=[(64000, 1.0)])
-    for dataset in dict.fromkeys(row['dataset'] for row in reference):
-        for logs in ([], [full], [made(dataset=dataset, stopped=True)]):
-            lines, _ = beside(dataset, *logs)
-            assert len(lines) == len([row for row in REFERENCE if row['dataset'] == dataset])
-            assert len(lines[0]) <= 9 and all(any(line[title] for line in lines) for title in lines[0])
-            assert not re.search('(^| )[-–—]+( |$)', ' | '.join(' | '.join(line.values()) for line in lines))
-    lines, _ = beside('imagenet2012', full)
-    assert [line['net, parameters, batch, reference on'] for line in lines if line['log by seed']] == [
-        'R50x1, 25.56M, 2048, 8x RTX 3090', 'R50x1, 25.56M, 2048, 8x TPUv3']
-    assert lines[3]['IN'] == '0.765 / **0.7600**'  # IN is val
-    assert lines[3]['other test sets'] == 'IN-V2 0.641 / **IN-V2 0.6400**'
-
-
-def test_what_the_landing_page_says():
-    full, stopped = made(val_acc='0.92', tst_acc='0.93', hours='0.5'), made(depth='32', stopped=True)
-    full.rows = [dict(iter='1000', trn_loss='2.1549'), dict(iter='2000', trn_loss='1.198')]
-    lines, _ = tables.make_lines(tables.read_reference(HERE / 'logs'), [full, stopped])
-    full, stopped = (line for line in lines if line[1])
-    text = tables.on_finished(*full)
-    for words in ('R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', 'test accuracy of **0.9300**',
-                  'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher'):
-        assert words in text, text
-    assert 'rows begun: 1. Their training losses over the first 2000 to 2000' in tables.on_stopped([stopped])
-    assert tables.on_stopped([]) == ''
-    line, = cells(tables.runs_table([full]))
-    assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'
-    assert line['hours'] == '0.50' and not {'settings', 'weights'} & line.keys()
-
-
-def published(root):
-    return [root / line[2:] for line in tables.make(root)[0]['.gitignore']['weights'].splitlines()]
-
-
-def test_published_weights_pass_gitignore_and_no_others(repository):
-    def ignored(*paths):
-        command = ['git', 'check-ignore', *paths]
-        return subprocess.run(command, cwd=repository, capture_output=True, text=True).stdout.splitlines()
-
-    assert published(repository) == sorted(repository.rglob('*.pt'))  # what git tracks is what is listed
-    for path in repository.rglob('*.pt'):
-        path.unlink()
-    assert tables.check(repository, write=True) == []
-    subprocess.run(['git', 'init', '-q'], cwd=repository, check=True)
-    log = repository / re.search(r'\]\((logs/\S+\.log)\)', README)[1]  # of a finished run beside a row
-    weights = log.with_suffix('.best.pt')
-    others = [log.with_suffix('.last.pt'), log.with_suffix('.prev.pt'),
-              repository / RUN.with_suffix('.best.pt')]
-    for size, passes in ((5_000_000, True), (5_000_001, False)):
-        for path in (weights, *others):
-            path.write_bytes(bytes(size))
-        assert any('.gitignore disagrees' in problem for problem in tables.check(repository))
-        assert tables.check(repository, write=True) == []
-        assert (weights in published(repository)) == passes
-        assert ignored(weights, *others) == [str(path) for path in ([] if passes else [weights]) + others]
-        link = f']({weights.relative_to(repository).as_posix()})'
-        assert (link in (repository / 'README.md').read_text()) == passes
-
-
-def test_published_weights_give_the_figures_of_their_logs(reference_run, small, repository, capsys):
-    """Of those whose data set is at hand; the last ones are of a run made for the tests."""
-    same = ('depth', 'width', 'seed', 'params', 'iters', 'dataset')
-    for path in [*published(repository), only(reference_run[0], '*.best.pt')]:
-        log = tables.read_log(path.with_name(path.name.replace('.best.pt', '.log')))
-        config = torch.load(path, weights_only=True)['config']
-        assert {key: str(config[key]) for key in same} == {key: log.header[key] for key in same}
-        dataset = log.header['dataset'].removesuffix('-incomplete')
-        folder = small if dataset != log.header['dataset'] else HERE / 'datasets'
-        at_hand = (folder / dataset).exists()
-        main(f'{dataset.lower()}.py', '--depth', config['depth'], '--width', config['width'],
-             '--precision', config['precision'], '--device', 'cpu', '--eval', path,
-             *(['--data-dir', folder] if at_hand else ['--synthetic']))
-        printed = re.findall(r'^(\S+) +acc (\S+)', capsys.readouterr().out, re.M)
-        assert [name for name, _ in printed][:2] == ['val', 'tst']
-        for name, accuracy in printed if at_hand else []:
-            assert float(accuracy) == pytest.approx(float(log.evals[f'{name}_acc']), abs=1e-3)
-
-
-def test_curves(repository, monkeypatch):
-    if importlib.util.find_spec('matplotlib'):
-        before = {path.name for path in (repository / 'logs').glob('curves-*.png')}
-        for path in (repository / 'logs').glob('curves-*.png'):
-            path.unlink()
-        assert tables.plot(repository) == []
-        pictures = [*(repository / 'logs').glob('curves-*.png')]
-        assert {path.name for path in pictures} == before and 'curves-CIFAR10_x32.png' in before
-        assert all(path.stat().st_size < 150_000 and Image.open(path).size[0] > 900 for path in pictures)
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # as if it were not installed
-    with pytest.raises(data.UserError, match='python -m pip install matplotlib'):
-        tables.plot(repository)
-
-
-def test_table_prints_its_tables_or_its_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['table.py'])
-    tables.main()
-    assert '### CIFAR10_x32' in capsys.readouterr().out
-    monkeypatch.setattr(sys, 'argv', ['table.py', '--draw'])
-    with pytest.raises(SystemExit, match='--plot'):
-        tables.main()
-
-
-# ---- logs/bench.py ----
-
-def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
-    from logs import bench
-    monkeypatch.setattr(bench, 'CUDA', False)
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-    assert [bench.net(text) for text in ('18x1', '20x4:64', '50x1@224:16')] == [
-        (18, 1, 32, 256), (20, 4, 32, 64), (50, 1, 224, 16)]
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '20x1:64', '--ours', '--turns', '1', '--updates', '2'])
-    bench.main()
-    *_, head, row = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert head[:2] == ['net', 'px'] and row[:4] == ['20x1', '32', '64', 'ours']
-    iter_per_min, img_per_s, wait, start, memory, limit = map(float, row[5:])
-    assert img_per_s == pytest.approx(iter_per_min * 64 / 60, abs=1) and 0 < limit < 150
-    assert 0 <= wait < 100 and 1 < start < 60 and 200 < memory < 20000
-    bench.usual(20, 1, 32, 64, 3)  # in rows like those of our logs
-    usual = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in usual] == ['1', '2', '3']
-    assert all(len(row) == 11 and float(row[7]) > 0 and 0 <= float(row[8]) <= 100 for row in usual)
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '19x1'])
-    with pytest.raises(SystemExit, match='2'):
-        bench.main()
-    assert '19x1 is no net like 20x1' in capsys.readouterr().err
-
-
-def test_bench_measures_the_loader(imagenet, monkeypatch, capsys):
-    from logs import bench
-    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
-    threads = torch.get_num_threads()
-    command = ['bench.py', 'imagenet2012', '--turns', '1', '--data-dir']
-    monkeypatch.setattr(sys, 'argv', [*command, str(imagenet)])
-    monkeypatch.setenv(data.INCOMPLETE, '1')  # bench.py sets it: so it is unset again
-    bench.main()
-    torch.set_num_threads(threads)
-    table = re.findall(r'^(decode|decode, crop, flip|loader, 1 processes) +(\d+) +(\d+) +([\d.]+)$',
-                       capsys.readouterr().out, re.M)
-    assert len(table) == 3 and all(float(a) / float(b) == pytest.approx(float(r), rel=0.05, abs=0.02)
-                                   for _, a, b, r in table)
-    monkeypatch.setattr(sys, 'argv', [*command, str(imagenet / 'nowhere')])
-    with pytest.raises(SystemExit, match='2'):
-        bench.main()
-    says(capsys.readouterr().err, 'needs train/ and val/')
-
-
-# ---- runs: log and copies ----
-
-def test_a_run_learns_and_its_log_is_complete(tmp_path):
-    trial = Trial(tmp_path, 'cifar10_x32.py', '--synthetic', '--iters', 40, '--batch', 64, '--lr', 0.1)
-    trial.main()
-    text, table, fields = trial.text, trial.rows, result(trial.text)
-    *_, dataset, name, seed, _ = trial.log.parts
-    assert dataset == 'CIFAR10_x32-synthetic' and seed == '42'
-    assert name.startswith('resnet_20x1-batch_64-iter_40-wd_0.0010')
-    assert [int(row[0]) for row in table] == list(range(4, 41, 4))
-    assert float(table[-1][2]) < 2.0 < float(table[0][2]) and float(table[-1][4]) > 0.3, text
-    assert fields['tst_acc'] == re.search(r'^tst +acc (\S+)', text, re.M)[1] > '0.3'
-    best = max(table, key=lambda row: float(row[4]))
-    assert fields['val_acc'] == best[4] and best[-1] == '*'
-    assert fields.keys() == set(
-        'dataset depth width seed params batch iters lr wd precision best_iter val_acc val_nll tst_acc '
-        'tst_nll iter_per_min img_per_s hours world device torch'.split())
-    for key in ('command', 'commit', 'precision', 'images', 'momentum'):
-        assert re.search(f'^{key} *: .', text, re.M), key
-    for source in ('cifar10_x32.py', 'resnet.py', 'data.py', 'logs/run.py'):
-        digest = hashlib.sha256((HERE / source).read_bytes()).hexdigest()
-        assert re.search(rf'^sha256 {Path(source).name} *: {digest}$', text, re.M), source
-    assert max(len(line) for line in text.splitlines() if line[:7].strip().isdigit()) <= 110
-
-
-def test_a_copy_is_changed_in_one_place_each(trial, mine):
-    """Rows less often than every 5000 updates, AdamW, another first convolution, label smoothing: such a copy
-    trains, is stopped and resumed, and its weights are those of a copy that was not."""
-    sgd = re.search(r' {4}optimizer = .*?zeros_like\(p\)\n', (HERE / SHORT[0]).read_text(), re.S)[0]
-    assert len(sgd.splitlines()) == 4
-    script = mine(
-        ('EVAL_EVERY = 1000 ', 'EVAL_EVERY = 6000 '),
-        (sgd, '    optimizer = torch.optim.AdamW(net.parameters(), 0.0, weight_decay=args.wd)\n'),
-        ('    net = ResNet(**shape).to(device)\n', '    net = ResNet(**shape)\n'
-         '    net.conv1 = torch.nn.Conv2d(3, 16, 5, padding=2, bias=False)\n    net.to(device)\n'),
-        ('loss = F.cross_entropy(logits, labels)\n',
-         'loss = F.cross_entropy(logits, labels, label_smoothing=0.1)\n'))
-    copy = trial.but('--iters', 10, script=script)
-    copy.stop(4)
-    copy.main('--resume')
-    again = copy.but(logs=trial.logs.with_name('again'))
-    again.main()
-    copy.same_as(again)
-    assert copy.resumed == [5] and (0, 'exp_avg') in copy.weights
-    assert copy.weights['conv1.weight'].shape == (16, 3, 5, 5)
-    assert copy.log.parts[-4] == 'mine_for_test-incomplete'  # not the original's folder
-    assert re.search('^commit +: (unknown|.*, changed since)$', copy.text, re.M)
-    assert runs.speed([(0, 0.0, 0.0), (6000, 60.0, 10.0), (12000, 180.0, 20.0)]) == (50, 6000 / 110)
-
-
-def test_the_commit_in_the_header_is_that_of_the_sources(tmp_path, monkeypatch):
-    def git(*words):
-        subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *words], check=True, cwd=tmp_path)
-    if not shutil.which('git'):
-        pytest.skip('needs git')
-    monkeypatch.setattr(runs, 'ROOT', tmp_path)
-    tracked, copy = tmp_path / 'tracked.py', tmp_path / 'copy.py'
-    tracked.touch(), copy.touch()
-    (tmp_path / '.gitignore').write_text('copy.py')  # such a file is clean in the eyes of git
-    assert runs.commit([tracked]) == 'unknown'
-    git('init', '-q'), git('add', 'tracked.py'), git('commit', '-qm', 'x')
-    name = runs.commit([tracked])
-    assert re.fullmatch('[0-9a-f]{7,}', name) and runs.commit([tracked, copy]) == f'{name}, changed since'
-    tracked.write_text('changed')
-    assert runs.commit([tracked]) == f'{name}, changed since'
-
-
-def test_nothing_happens_when_run_py_is_imported(capfd, monkeypatch):
-    def world():
-        return dict(os.environ), sys.stdout, os.listdir(), threading.active_count(), dist.is_initialized()
-    monkeypatch.setattr(signal, 'signal', None)
-    before, module = world(), runpy.run_path(str(HERE / 'logs' / 'run.py'))
-    assert {'Run', 'Ranks'} <= module.keys() and module['Ranks']().world == 1
-    assert world() == before and capfd.readouterr() == ('', '')
-
-
-# ---- runs: killed and resumed ----
+# ---- killed and resumed ----
 
 # dumps the stack of Python functions at SIGUSR2: where a run is when it is killed
 TALKATIVE = ('-c', 'import faulthandler, runpy, signal, sys; sys.argv[:1] = []; sys.path[:0] = [""]; '
@@ -1831,11 +465,10 @@ def kill_test(kills):
                           '--data-dir', small)
             killed = whole.but(logs=Path(folder, way, 'killed'))
             assert whole.watch({}, launch=launch)[0] == 0
-            moments = kill(killed, count, count, launch)
+            moments = dict(kill(killed, count, count, launch))
             assert killed.watch({}, '--resume', launch=launch)[0] == 0
             killed.same_as(whole)
-            said = ', '.join(f'{n} x {what}' for what, n in moments.items())
-            print(f'{way}: {count} kills ({said}), all weights and rows those of an uninterrupted run, '
+            print(f'{way}: killed {moments}, all weights and rows those of an uninterrupted run, '
                   f'{time.monotonic() - begin:.0f} s', flush=True)
 
 
@@ -1847,7 +480,6 @@ def test_killed_and_resumed_weights_are_bit_identical(trial, whole):
 
 
 def test_a_run_on_image_files_is_killed_and_resumed(imagenet, trial, monkeypatch):
-    """With its loader processes."""
     once, evaluated = data.JpegEvalBatches.__iter__, []
     monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: evaluated.append(x) or once(x))
     trial = trial.but('--depth', 20, '--batch', 8, '--iters', 6, '--data-dir', imagenet, '--workers', 2,
@@ -1863,53 +495,8 @@ def test_a_run_on_image_files_is_killed_and_resumed(imagenet, trial, monkeypatch
     trial.same_as(whole)
 
 
-def test_a_log_without_its_checkpoint_is_history(killed, capsys):
-    """It stays as it is, and a new one begins, unless there is nothing in it to lose."""
-    old, before = killed.log, killed.log.read_bytes()
-    for kind in ('last', 'prev', 'best'):
-        killed.path(kind).unlink()
-    killed.stop(0, '--resume')
-    assert old.read_bytes() == before
-    assert f'{old} has no checkpoint beside it: it stays as it is.\n' in capsys.readouterr().out
-    old.unlink()
-    new = killed.log
-    assert not killed.rows and '\nstopped by SIGTERM at update 1;' in killed.text
-    killed.path('last').unlink()
-    killed.stop(0, '--resume')
-    assert killed.log == new and not killed.resumed and killed.text.count('command ') == 1
-
-
-def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
-    stamps = iter('112')
-    monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}-0.log')
-    first, second = runs.open_log(tmp_path, resume=True), runs.open_log(tmp_path, resume=False)
-    assert (first.name, second.name) == ('1-0.log', '2-0.log')
-    second.write_text('done\nRESULT dataset=CIFAR10_x32')
-    with pytest.raises(data.UserError, match=r'1-0.log is being written by another process. End it'):
-        runs.open_log(tmp_path, resume=True)  # by us
-
-    def loader():  # does not keep the lock
-        files = [os.path.realpath(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd')]
-        os._exit(str(first) in files)
-    process = multiprocessing.get_context('fork').Process(target=loader)
-    process.start(), process.join()
-    assert process.exitcode == 0
-
-
-def test_a_run_is_resumed_by_one_process_at_a_time(trial):
-    def another():
-        with pytest.raises(data.UserError, match='is being written by another process'):
-            runs.open_log(trial.log.parent, resume=True)
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        trial.main(at={1: another})
-
-
-# ---- runs: several ranks ----
-
 def rank_1(process):
-    return next(pid for pid in children(process)
-                if '\0RANK=1\0' in Path(f'/proc/{pid}/environ').read_text())
+    return next(pid for pid in children(process) if '\0RANK=1\0' in Path(f'/proc/{pid}/environ').read_text())
 
 
 def test_one_rank_two_ranks_and_one_again(trial, mine):
@@ -1945,7 +532,216 @@ def test_one_rank_two_ranks_and_one_again(trial, mine):
             assert float(a[5]) == pytest.approx(float(b[5]), abs=0.01), text
 
 
-# ---- runs: signals ----
+def test_a_log_without_its_checkpoint_is_history(killed, capsys):
+    """It stays as it is, and a new one begins, unless there is nothing in it to lose."""
+    old, before = killed.log, killed.log.read_bytes()
+    for kind in ('last', 'prev', 'best'):
+        killed.path(kind).unlink()
+    killed.stop(0, '--resume')
+    assert old.read_bytes() == before
+    assert f'{old} has no checkpoint beside it: it stays as it is.\n' in capsys.readouterr().out
+    old.unlink()
+    new = killed.log
+    assert not killed.rows and '\nstopped by SIGTERM at update 1;' in killed.text
+    killed.path('last').unlink()
+    killed.stop(0, '--resume')
+    assert killed.log == new and not killed.resumed and killed.text.count('command ') == 1
+
+
+def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
+    stamps = iter('112')
+    monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}-0.log')
+    first, second = runs.open_log(tmp_path, resume=True), runs.open_log(tmp_path, resume=False)
+    assert (first.name, second.name) == ('1-0.log', '2-0.log')
+    second.write_text('done\nRESULT dataset=CIFAR10_x32')
+    refused(r'1-0.log is being written by another process', runs.open_log, tmp_path, resume=True)  # by us
+
+    def loader():  # does not keep the lock
+        files = [os.path.realpath(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd')]
+        os._exit(str(first) in files)
+    process = multiprocessing.get_context('fork').Process(target=loader)
+    process.start(), process.join()
+    assert process.exitcode == 0
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(trial):
+    def another():
+        refused('is being written by another process', runs.open_log, trial.log.parent, resume=True)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        trial.main(at={1: another})
+
+
+# ---- the same images, every image once ----
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('kind,others', [  # ranks and loader processes
+    ('arrays', [(2, 0), (4, 0)]), ('files', [(1, 1), (1, 3), (2, 0), (4, 0)])])
+def test_same_images_for_any_number_of_ranks_and_workers_and_any_resume_point(
+        imagenet, monkeypatch, kind, others):
+    monkeypatch.setattr(data, 'PIECE', 3)  # several pieces a batch, the last a smaller one
+    images = data.Arrays(arrays(55)[0], torch.arange(55))
+
+    def sequence(rank=0, world=1, start=0, count=14, workers=0, seed=7):  # two epochs of six, and more
+        trn = data.TrainBatches(images, 8, seed, 'cpu', rank, world) if kind == 'arrays' else \
+            load(imagenet, rank, world, seed=seed, workers=workers)[0]
+        return take(trn.batches(start), count)
+
+    def same(ours, theirs):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(map(torch.equal, a, b))
+    whole = sequence()
+    for world, workers in others:
+        ranks = [sequence(rank, world, workers=workers) for rank in range(world)]
+        same(whole, [map(torch.cat, zip(*parts, strict=True)) for parts in zip(*ranks, strict=True)])
+    for start in (1, 5, 6, 13):
+        same(whole[start:], sequence(start=start, count=14 - start))
+    first, second = (torch.cat([labels for _, labels in whole[i:i + 6]]) for i in (0, 6))
+    other_seed = torch.cat([labels for _, labels in sequence(count=6, seed=8)])
+    for epoch in (first, second):  # an image at most once, of those that have this label
+        assert epoch.bincount().max() <= (1 if kind == 'arrays' else 5)
+    assert not torch.equal(first, second) and not torch.equal(first, other_seed)
+    assert whole[0][0].dtype == torch.uint8 and whole[0][0].shape[:2] == (8, 3)
+    assert len({x.numpy().tobytes() for batch, _ in whole for x in batch}) == 14 * 8  # other crops each time
+
+
+def evaluated(batch, ranks):
+    """(images, labels) in the batches of all ranks, without what fills them up."""
+    ranks = [list(batches) for batches in ranks]
+    assert len({len(batches) for batches in ranks}) == 1  # or the ranks would wait for each other
+    pairs = [pair for batches in ranks for pair in batches]
+    assert all(len(x) == batch and x.is_contiguous(memory_format=torch.channels_last) for x, _ in pairs)
+    images, labels = map(torch.cat, zip(*pairs, strict=True))
+    return images[labels != data.IGNORE], labels[labels != data.IGNORE]
+
+
+@pytest.mark.parametrize('n,batch,world', [(50, 8, 1), (50, 8, 4), (7, 8, 4), (64, 8, 2), (1, 4, 2)])
+def test_every_evaluation_image_once(n, batch, world):
+    images, _ = arrays(n)
+    whole = data.Arrays(images, torch.arange(n))
+    x, y = evaluated(batch, [data.EvalBatches(whole, batch, 'cpu', rank, world) for rank in range(world)])
+    assert torch.equal(x.permute(0, 2, 3, 1), images[y]) and sorted(y.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize('batch,world,workers', [(4, 1, 0), (4, 2, 2), (64, 1, 1), (2, 4, 0)])
+def test_every_evaluation_file_once(imagenet, batch, world, workers):
+    given = dict(eval_batch=batch, workers=workers)
+    ranks = [load(imagenet, rank, world, **given)[1]['val'] for rank in range(world)]
+    images, labels = evaluated(batch, ranks)
+    assert labels.bincount().tolist() == [2] * 11 and len({x.numpy().tobytes() for x in images}) == 22
+    assert [len(val) for val in ranks] == [22] * world
+
+
+def test_augment_against_a_plain_loop():
+    images, _ = arrays(162)
+    draws = torch.arange(162)
+    fast = data.augment(images, draws)
+    assert fast.is_contiguous(memory_format=torch.channels_last) and fast.dtype == torch.uint8
+    for image, draw, out in zip(images.numpy(), draws.tolist(), fast, strict=True):
+        top, left, flip = draw // 18, draw // 2 % 9, draw % 2
+        crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top:top + 32, left:left + 32]
+        assert np.array_equal(out.permute(1, 2, 0).numpy(), crop[:, ::-1] if flip else crop)
+
+
+def test_half_of_the_images_are_flipped_and_all_crops_are_equally_likely():
+    order, draws = data.augmentation_plan(3, 0, 162 * 500)
+    counts = torch.bincount(draws, minlength=162)
+    assert len(counts) == 162 and 380 < counts.min() and counts.max() < 620  # 500 +- 5.4 standard deviations
+    assert order.sort().values.equal(torch.arange(162 * 500))
+
+
+def test_training_crops_are_distributed_as_torchvisions():
+    from torchvision.transforms import RandomResizedCrop
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    for height, width in ((375, 500), (100, 400), (500, 120)):
+        image = torch.empty(3, height, width)
+        boxes = [data.random_box(height, width, rng.random((10, 4))) for _ in range(4000)]
+        usual = [RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+        ours, theirs = (np.array(x, float) for x in (boxes, usual))
+        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+        for column, side in enumerate((height, width, height, width)):  # of top, left, height, width
+            deciles = [np.quantile(x[:, column], np.linspace(0, 1, 11)) for x in (ours, theirs)]
+            assert np.abs(deciles[0] - deciles[1]).max() < 0.05 * side, (column, deciles)
+
+
+def test_evaluation_crop_against_torchvision():
+    from torchvision import transforms
+    usual = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
+    for height, width in ((375, 500), (500, 333), (256, 256), (200, 700), (600, 601)):
+        image = np.random.default_rng(height).integers(256, size=(height, width, 3), dtype=np.uint8)
+        ours = data.center_crop(torch.from_numpy(image.copy()).permute(2, 0, 1)).permute(1, 2, 0).numpy()
+        error = np.abs(ours.astype(int) - np.asarray(usual(Image.fromarray(image))).astype(int))
+        assert ours.shape == (224, 224, 3) and error.mean() < 0.3 and error.max() <= 2, (height, width)
+
+
+@pytest.mark.parametrize('name,missing', [('torchvision', ()), ('torchcodec', ('torchvision.io',)),
+                                          ('pillow', ('torchvision.io', 'torchcodec.decoders'))])
+def test_all_kinds_of_files_are_decoded_as_pillow_does(name, missing, monkeypatch, recwarn):
+    if name == 'torchcodec':
+        pytest.importorskip('torchcodec.decoders')
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(data, 'jpeg_decoder', functools.cache(data.jpeg_decoder.__wrapped__))
+    assert data.jpeg_decoder()[0] == name
+
+    def decoded(file, path='x'):
+        return data.decode_tensor(np.frombuffer(bytearray(file), np.uint8), path).permute(1, 2, 0)
+    image, turned = Image.fromarray(picture(np.random.default_rng(0), 90, 120)), Image.Exif()
+    turned[0x0112] = 6  # the EXIF tag of orientation: to be ignored
+    photo, _, _, png, *_ = files = [encoded(image.convert(mode), kind) for mode, kind in (
+        ('RGB', 'JPEG'), ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('P', 'PNG'), ('LA', 'PNG'))]
+    for file in [*files, encoded(image, exif=turned), encoded(image, progressive=True)]:
+        assert np.array_equal(decoded(file), np.asarray(Image.open(io.BytesIO(file)).convert('RGB')))
+    assert not recwarn.list  # torchvision has a DeprecationWarning for each image
+    deep = encoded(np.arange(0, 65536, 16, np.uint16).reshape(64, 64), 'PNG')
+    assert np.array_equal(decoded(deep)[..., 1].flatten(), np.arange(4096) // 16)
+    for damaged in (photo[:600], png[:300], b'', bytes(99)):
+        refused('some/where.JPEG is damaged', decoded, damaged, 'some/where.JPEG')
+
+
+def test_prefetching_gives_the_same_batches_and_hands_over_errors():
+    trn = data.TrainBatches(data.Arrays(*arrays(100)), 16, 7, 'cpu')
+    for a, b in zip(take(trn._chunks(3), 5), take(data.ahead(trn._chunks(3)), 5), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    def broken():
+        yield torch.zeros(1),
+        raise OSError('disk gone')
+    chunks = data.ahead(broken())
+    next(chunks)
+    with pytest.raises(OSError, match='disk gone'):
+        next(chunks)
+
+
+@pytest.mark.parametrize('files,ranks,workers', [
+    ({}, 1, 16), ({}, 8, 2), ({}, 32, 1), ({'cpu.max': 'max 100000\n'}, 1, 16), ({'cpu.max': ''}, 1, 16),
+    ({'cpu.max': '400000 100000\n'}, 1, 4), ({'cpu.max': '50000 100000'}, 1, 1),
+    ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 1, 16),
+    ({'cpu/cpu.cfs_quota_us': '300000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 1, 3)])
+def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch, files, ranks, workers):
+    write_tree(tmp_path, files)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
+    monkeypatch.setattr(data, 'CGROUPS', tmp_path)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    assert data.default_workers() == workers
+
+
+def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
+    def resident():
+        return int(Path('/proc/self/status').read_text().split('RssFile:')[1].split()[0]) / 1024
+    np.lib.format.open_memmap(tmp_path / 'x.npy', 'w+', np.uint8, (20000, 64, 64, 3)).flush()  # 245 MB
+    array = np.load(tmp_path / 'x.npy', mmap_mode='c')
+    mapped = data.Arrays(torch.from_numpy(array), torch.zeros(20000, dtype=torch.long), array.base)
+    batches = data.TrainBatches(mapped, 256, 0, 'cpu').batches(0)
+    take(batches, 20)
+    before = resident()  # torch's own code has been read from its files by now
+    take(batches, 55)
+    assert resident() - before < 20  # MB
+    batches.close()
+
+
+# ---- signals ----
 
 def test_a_signal_saves_and_exits(trial, whole):
     """One run is stopped by each signal, and resumed each time."""
@@ -1962,28 +758,22 @@ def test_a_signal_saves_and_exits(trial, whole):
     trial.same_as(whole)
 
 
-def test_what_was_waited_before_a_stop_counts_in_the_next_row(trial):
-    trial.stop(2, wait=1)
-    trial.stop(4, '--resume')
-    assert [int(row[0]) for row in trial.rows] == [2, 4] and trial.resumed == [3]
-    assert float(trial.rows[1][8]) > 30, trial.text  # percent
-
-
-@pytest.mark.parametrize('size,update', [(46, 4), (50, 24)])  # of val; of the test set
-def test_a_signal_in_an_evaluation(trial, whole, monkeypatch, size, update):
+def test_a_signal_in_an_evaluation(trial, whole, monkeypatch):
+    """Of val after update 4, then, in the resumed run, of the test set."""
     batches, evaluations = data.EvalBatches.__iter__, itertools.count(1)
 
     def signalled(self):
-        hit = len(self) == size and next(evaluations) == (update // 2 if size == 46 else 1)
+        hit = next(evaluations) in (2, 14)
         for batch in batches(self):
             yield batch
             if hit:
                 os.kill(os.getpid(), signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(runs.Stopped):
-        patch.setattr(data.EvalBatches, '__iter__', signalled)
-        trial.main()
-    assert f'\nstopped by SIGTERM at update {update};' in trial.text
-    assert len(trial.rows) == (update if size == 50 else update - 2) // 2
+    monkeypatch.setattr(data.EvalBatches, '__iter__', signalled)
+    for update, rows_done in ((4, 1), (24, 12)):
+        with pytest.raises(runs.Stopped):
+            trial.main('--resume')
+        assert trial.text.endswith(f'\nstopped by SIGTERM at update {update}; --resume continues\n')
+        assert len(trial.rows) == rows_done
     trial.main('--resume')
     trial.same_as(whole)
 
@@ -1995,21 +785,18 @@ def test_a_signal_in_the_preparation(tmp_path, number, ranks):
     pipe.parent.mkdir()
     os.mkfifo(pipe)
     launch = [*LAUNCH, f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    process = start([*launch, 'imagenet1k_x32.py', '--data-dir', tmp_path, '--log-dir', tmp_path / 'logs',
-                     '--device', 'cpu'])
-    deadline = time.monotonic() + 60
+    trial = Trial(tmp_path / 'logs', 'imagenet1k_x32.py', '--data-dir', tmp_path, '--device', 'cpu')
+    process = trial.start(launch=launch)
     while not list(tmp_path.glob('*.part*')):
-        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.1)
     time.sleep(0.1)
     process.send_signal(number)
     # -15 is the 143 of a shell
     assert process.wait(10) == (1 if ranks > 1 else 130 if number == signal.SIGINT else -signal.SIGTERM)
     pipe.unlink()
-    for left_over in tmp_path.glob('*.part.*'):
-        os.utime(left_over, (0, 0))  # more than a day ago
-    with pytest.raises(data.UserError, match='not found'):
-        data.prepare('ImageNet1k_x32', tmp_path)  # removes what a SIGTERM has left
+    age(*tmp_path.glob('*.part.*'))
+    refused('not found', data.prepare, 'ImageNet1k_x32', tmp_path)  # removes what a SIGTERM has left
     assert not list(tmp_path.glob('*.part*'))
 
 
@@ -2023,6 +810,13 @@ def test_a_second_signal_ends_the_run_at_once(trial, mine):
     script = mine(('            it += 1\n',
                    "            print('stuck', flush=True)\n            __import__('time').sleep(60)\n"))
     trial.but(script=script).watch({'stuck': twice})
+
+
+def test_what_was_waited_before_a_stop_counts_in_the_next_row(trial):
+    trial.stop(2, wait=1)
+    trial.stop(4, '--resume')
+    assert [int(row[0]) for row in trial.rows] == [2, 4] and trial.resumed == [3]
+    assert float(trial.rows[1][8]) > 30, trial.text  # percent
 
 
 @pytest.mark.parametrize('error,code,leaves', [
@@ -2043,65 +837,7 @@ def test_how_a_process_ends(monkeypatch, error, code, leaves, stream):
     assert bool(left) == leaves and (not code or ended.value.code == code)
 
 
-# ---- runs: half-written and damaged files ----
-
-def test_a_checkpoint_is_never_half_written(trial, whole):
-    """A limit on the size of files ends the run in the middle of its first one."""
-    size = whole.path('last').stat().st_size // 2
-    code, text = trial.watch({}, limit=(resource.RLIMIT_FSIZE, (size, size)))
-    assert code == 1 and len(trial.rows) == 1
-    says(text.splitlines()[-1], 'File too large')
-    assert 'Traceback' not in text
-    assert not list(trial.logs.rglob('*.pt')) and not list(trial.logs.rglob('*.tmp'))
-
-
-def flip_a_bit(path):
-    """In the middle of the file: of a checkpoint it is in the numbers of a tensor."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize('damage', [
-    lambda last: os.truncate(last, 100_000), flip_a_bit, lambda last: last.unlink(),
-    lambda last: shutil.copy(last.with_name(last.name.replace('.last', '.best')), last)])
-def test_a_damaged_checkpoint_gives_way_to_the_previous_one(killed, whole, damage):
-    damage(killed.path('last'))
-    killed.path('best').write_text('damaged too')
-    killed.main('--resume')
-    assert re.search(r'^resumed at update 22 on 1 x .* previous checkpoint: .*last.pt', killed.text, re.M)
-    killed.same_as(whole)
-    a, b = (trial.checkpoint('best')['net'] for trial in (killed, whole))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_no_good_checkpoint_is_an_error(killed):
-    for kind in ('last', 'prev', 'best'):
-        flip_a_bit(killed.path(kind))
-    before = killed.text
-    with pytest.raises(data.UserError, match=r'last.pt cannot .*damaged.* delete \S+last.pt and \S+prev.pt'):
-        killed.main('--resume')
-    assert killed.text == before
-    with pytest.raises(data.UserError, match='best.pt cannot be read .*damaged'):
-        killed.main('--eval', killed.path('best'))
-
-
-def test_the_damaged_checkpoint_never_replaces_the_good_one(killed, whole, monkeypatch):
-    flip_a_bit(killed.path('last'))
-    rename = Path.replace
-
-    def dies(path, target):
-        if path.suffix == '.tmp' and target.name.endswith('.last.pt'):
-            raise InterruptedError('as if killed between the two renames of the next checkpoint')
-        rename(path, target)
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Path, 'replace', dies)
-        killed.main('--resume')
-    killed.main('--resume')
-    killed.same_as(whole)
-
-
-# ---- runs: a full disk, a folder that vanishes, too little memory ----
+# ---- a full disk, a deleted folder, damaged checkpoints, dead processes ----
 
 @pytest.fixture
 def disk(tmp_path):
@@ -2138,14 +874,11 @@ def test_a_full_disk_leaves_what_was_saved(trial, whole, disk, capsys):
     assert trial.text.startswith('command ') and len(trial.resumed) == 2
 
 
-def test_a_full_disk_in_the_preparation(tiny, disk, monkeypatch):
-    folder, files = tiny
+def test_a_full_disk_in_the_preparation(tiny, disk):
     disk(80)
-    shutil.move(folder / 'tiny-imagenet-200.zip', folder / 'aside.zip')
-    (disk.folder / 'tiny-imagenet-200.zip').symlink_to(folder / 'aside.zip')
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    with pytest.raises(data.UserError, match='could not be prepared .*No space left'):
-        data.prepare('TinyImageNet200_x64', disk.folder)
+    (tiny / 'tiny-imagenet-200.zip').rename(tiny / 'aside.zip')
+    (disk.folder / 'tiny-imagenet-200.zip').symlink_to(tiny / 'aside.zip')
+    refused('could not be prepared .*No space left', data.prepare, 'TinyImageNet200_x64', disk.folder)
     assert not list(disk.folder.glob('TinyImageNet*'))
 
 
@@ -2166,30 +899,288 @@ def test_data_file_cut_short_during_the_run(small, trial, whole):
     trial.same_as(whole)
 
 
+def test_a_checkpoint_is_never_half_written(trial, whole):
+    """A limit on the size of files ends the run in the middle of its first one."""
+    size = whole.path('last').stat().st_size // 2
+    code, text = trial.watch({}, limit=(resource.RLIMIT_FSIZE, (size, size)))
+    assert code == 1 and len(trial.rows) == 1 and 'Traceback' not in text
+    says(text.splitlines()[-1], 'File too large')
+    assert not list(trial.logs.rglob('*.pt')) and not list(trial.logs.rglob('*.tmp'))
+
+
+def flip_a_bit(path):
+    """In the middle of the file: of a checkpoint it is in the numbers of a tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('damage', [
+    lambda last: os.truncate(last, 100_000), flip_a_bit, lambda last: last.unlink(),
+    lambda last: shutil.copy(last.with_name(last.name.replace('.last', '.best')), last)])
+def test_a_damaged_checkpoint_gives_way_to_the_previous_one(killed, whole, monkeypatch, damage):
+    """Which it never replaces, even if a kill comes between the two renames of the next checkpoint."""
+    damage(killed.path('last'))
+    killed.path('best').write_text('damaged too')
+    rename = Path.replace
+
+    def dies(path, target):
+        if path.suffix == '.tmp' and target.name.endswith('.last.pt'):
+            raise InterruptedError
+        rename(path, target)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Path, 'replace', dies)
+        killed.main('--resume')
+    assert re.search(r'^resumed at update 22 on 1 x .* previous checkpoint: .*last.pt', killed.text, re.M)
+    killed.main('--resume')
+    killed.same_as(whole)
+    a, b = (trial.checkpoint('best')['net'] for trial in (killed, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_good_checkpoint_is_an_error(killed):
+    for kind in ('last', 'prev', 'best'):
+        flip_a_bit(killed.path(kind))
+    before = killed.text
+    refused(r'last.pt cannot .*damaged.* delete \S+last.pt and \S+prev.pt', killed.main, '--resume')
+    assert killed.text == before
+    refused('best.pt cannot be read .*damaged', killed.main, '--eval', killed.path('best'))
+
+
+def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypatch):
+    root = tmp_path / 'imagenet2012'
+    shutil.copytree(imagenet / 'imagenet2012', root)
+    batches = load(tmp_path, workers=1)[0].batches(0)
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    with pytest.raises(OSError, match='A loader process died .*--workers'):
+        take(batches, 99)
+
+    def broken(tensor, device):
+        raise RuntimeError('device-side assert')
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
+        patch.setattr(data, 'to_device', broken)  # this is no loader's fault
+        next(load(tmp_path)[0].batches(0))
+    for file in (root / 'train').rglob('*_4.JPEG'):
+        os.truncate(file, 900)
+    for workers in (0, 2):
+        refused('_4.JPEG is damaged', take, load(tmp_path, workers=workers)[0].batches(0), 6)
+        assert not multiprocessing.active_children()  # they would keep the program from ending
+    refused('_4.JPEG is damaged', data.pack_imagenet, tmp_path, 256)
+    val = load(tmp_path)[1]['val']
+    next((root / 'val').rglob('*_0.JPEG')).unlink()
+    refused('_0.JPEG: No such file', list, val)
+    shutil.rmtree(root / 'val')
+    refused('no images of imagenet2012 for val', load, tmp_path)
+
+
+@pytest.mark.parametrize('where', ['loader', 'main'])
+def test_an_error_ends_the_program_and_its_loader_processes(imagenet, where):
+    """In a loader process, or in the loop, whose traceback keeps the batches."""
+    text = run('-c', f'''if True:
+        import data, multiprocessing
+        def broken(*images, **draws):
+            raise RuntimeError('a crop of a wrong shape')
+        def main():
+            trn = data.load('imagenet2012', {str(imagenet)!r}, 8, 4, 0, 'cpu', workers=2)[0]
+            for _ in (batches := trn.batches(0)):
+                print('pids', *[process.pid for process in multiprocessing.active_children()])
+                broken()
+        if {where!r} == 'loader':
+            data.random_crop = broken
+        main()''', ok=1, timeout=60)
+    assert 'RuntimeError: a crop of a wrong shape' in text and 'process died' not in text
+    assert 'in broken' in text and ('pids' in text) == (where == 'main')
+    for pid in re.findall(r'\d+', text.partition('pids')[2].partition('\n')[0]):
+        assert not Path('/proc', pid).exists()
+
+
+def test_an_evaluation_leaves_nothing_behind(imagenet, monkeypatch):
+    at_exit = set()
+    monkeypatch.setattr(data, 'atexit', SimpleNamespace(register=at_exit.add, unregister=at_exit.remove))
+    batches = iter(load(imagenet, workers=1)[1]['val'])
+    next(batches)
+    assert at_exit and multiprocessing.active_children()
+    batches.close()
+    assert not at_exit and not multiprocessing.active_children()
+
+
+def test_a_preparation_leaves_those_of_others_alone(tmp_path):
+    final = tmp_path / 'CIFAR10_x32'
+    with data.new_folder(final) as first:
+        (first / 'a').touch()
+        left_over = first.with_name(first.name + 'x')
+        left_over.mkdir()
+        age(left_over)
+        data.remove_left_over(tmp_path, 'CIFAR10_x32')
+        with data.new_folder(final) as second:
+            assert first != second and (first / 'a').exists() and not left_over.exists()
+        (second := final / 'of the second').touch()
+    assert list(tmp_path.iterdir()) == [final] and second.exists()
+
+
+def test_a_killed_preparation_is_begun_anew(tiny):
+    run('-c', 'import data, os, signal\ndata.describe = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n'
+        f'data.prepare("TinyImageNet200_x64", {str(tiny)!r})', ok=-9)
+    age(only(tiny, 'TinyImageNet200_x64.part.*'))
+    data.prepare('TinyImageNet200_x64', tiny)
+    assert not list(tiny.glob('*.part*'))
+    data.read_arrays('TinyImageNet200_x64', tiny / 'TinyImageNet200_x64')
+
+
 def test_out_of_memory_gets_a_sentence(trial):
     code, text = trial.watch({}, '--batch', 200, '--width', 8, limit=(resource.RLIMIT_AS, (2 ** 32, 2 ** 32)))
-    assert code == 1, text
+    assert code == 1 and 'Traceback' not in text, text
     says(text.splitlines()[-1], 'out of memory', '--accum', '--batch')
-    assert 'Traceback' not in text
 
 
 def test_errors_in_plain_words(monkeypatch):
-    reset = RuntimeError('[pair.cc:553] Connection reset by peer\nmore')
     no_compiler = RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler")
     for error, words in ((data.UserError('two\n lines'), 'two lines'), (MemoryError(), 'a higher --accum'),
-                         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'a smaller --batch'),
                          (no_compiler, '--compile needs a C++ compiler')):
         says(runs.in_plain_words(error), words)
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setattr(runs.faulthandler, 'enable', lambda: None)  # it is pytest's here
-    for fault in (TimeoutError(), KeyError('loss'), reset):  # these keep their tracebacks
-        with pytest.raises(type(fault)), runs.plain_errors():
+    for fault in (TimeoutError(), KeyError('loss'), RuntimeError('Connection reset by peer')):
+        with pytest.raises(type(fault)), runs.plain_errors():  # these keep their tracebacks
             raise fault
-    monkeypatch.setenv('RANK', '1')
-    assert 'another rank ended' in runs.in_plain_words(reset)
 
 
-# ---- runs: precision, losses that are not finite, compilation ----
+@pytest.mark.parametrize('shell', ['exec "$@" >&- 2>&-', '("$@"; echo $? >&2) | head -1 >&2'])
+def test_a_run_whose_output_nobody_reads_goes_on(trial, shell):
+    """Also in a log folder whose name is not UTF-8."""
+    trial = trial.but('--iters', 2, logs=trial.logs.with_name(os.fsdecode(b'lo\xffgs')))
+    done = subprocess.run(['sh', '-c', shell, 'sh', sys.executable, *map(str, trial.command)], cwd=HERE,
+                          capture_output=True)
+    assert done.returncode == 0 and len(trial.rows) == 2 and result(trial.text)
+    assert 'head' not in shell or re.fullmatch(rb'command .*\n0\n', done.stderr), done.stderr
+
+
+# ---- wrong input, losses that are not finite ----
+
+def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
+    text, file, model = (tmp_path / name for name in ('text', 'x.safetensors', 'model.pt'))
+    for path in (text, file):
+        path.write_text('no checkpoint')
+    torch.save(torch.nn.Linear(2, 2), model)
+    (tmp_path / 'home').symlink_to(small)
+    monkeypatch.chdir(tmp_path)
+    here = '--data-dir', small
+    for flags, env, words in (  # flags, environment, what the message says
+            (['--workers', -1], {}, '--workers at 0'), (['--iters', 0], {}, 'start at 1'),
+            (['--seed', 2 ** 64], {}, '--seed goes from 0 to 2.64 - 1'),
+            (['--batch', 10, '--accum', 3], {}, '--batch 10 is not divisible .* 3 passes'),
+            ([], dict(WORLD_SIZE=2), 'RANK, LOCAL_RANK, WORLD_SIZE .* torchrun'),
+            ([], dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE='two'), 'that fit together.* torchrun'),
+            ([], dict(SLURM_STEP_NUM_TASKS=8), 'SLURM_STEP_NUM_TASKS=8.* train alone.* torchrun'),
+            (['--compile', '--accum', 2], dict(TORCHINDUCTOR_CUDAGRAPHS=1), 'CUDA graphs .*unset'),
+            ([*here, '--eval', whole.path('best'), '--depth', 32], {}, 'depth 20.* 32'),
+            ([*here, '--eval', text], {}, 'as a checkpoint .*another kind of file'),
+            ([*here, '--eval', model], {}, r'as a checkpoint .*save the state_dict\(\)'),
+            ([*here, '--eval', file], {}, 'as a checkpoint .*a safetensors file'),
+            ([*here, '--eval', tmp_path / 'none'], {}, 'No such file'),
+            ([*here, '--log-dir', text], {}, 'text.*--log-dir'),
+            (here, {data.INCOMPLETE: ''}, 'holds 250 of 50000 images'),
+            ([*here, '--batch', 512], {}, '512.* 204 training images'),
+            # no shell has replaced this ~; and what is empty in the environment is not there
+            (['--data-dir=~/home', '--batch', 512], dict(HOME=tmp_path, WORLD_SIZE=''), '204'),
+            *([] if torch.cuda.is_available() else [(['--device', 'cuda'], {}, 'GPU.*--device cpu')])):
+        refused(words, main, *SHORT, '--log-dir', tmp_path, *flags, **env)
+    for flags, words in ((['--depth', 19], 'choose from 18, 20, 32'),
+                         (['--iter', 9], 'unrecognized arguments: --iter')):  # no guessing
+        with pytest.raises(SystemExit, match='2'):
+            main(SHORT[0], *flags)
+        says(capsys.readouterr().err, words)
+    says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
+
+
+HALF = {'train/n01/images/n01_2.JPEG': TINY['train/n01/images/n01_2.JPEG'][:600]}
+UNKNOWN = TINY_ZIP.replace(b'PK\1\2\x14\3\x14', b'PK\1\2\x14\3\xff', 1)  # the version needed to read a member
+
+
+@pytest.mark.parametrize('name,files,words', [
+    ('CIFAR10_x32', {}, '(?=.*cifar-10-python.tar.gz).*--synthetic'),
+    ('CIFAR10_x32', {'cifar-10-batches-py/data_batch_3': 'half of a file'},  # as after a broken copy
+     '(?=.*cifar-10-python.tar.gz)(?=.*data_batch_3 is damaged).*--synthetic'),
+    ('CIFAR10_x32', {'cifar-10-python.tar.gz': 'half'}, 'cifar-10-python.tar.gz is damaged .its MD5 differs'),
+    ('ImageNet1k_x32', {}, 'train_data_batch_1, .* not found in .* --synthetic'),
+    ('ImageNet1k_x32', {f'Imagenet32_train/train_data_batch_{i}': '' for i in range(1, 10)},
+     'train_data_batch_10, val_data not found'),
+    ('imagenet2012', {'imagenet2012': Path('/nowhere/x')}, 'imagenet2012 is a link to /nowhere/x'),
+    ('TinyImageNet200_x64', below('tiny-imagenet-200', TINY | HALF), 'n01_2.JPEG is damaged'),
+    ('TinyImageNet200_x64', {'tiny-imagenet-200.zip': UNKNOWN}, '200.zip is damaged .*Fetch it again'),
+    *(('TinyImageNet200_x64', {'tiny-imagenet-200.zip': zipped({member: 'x'})}, 'points outside')
+      for member in ('../evil', '/etc/evil', 'a/../../evil', 'a\\..\\..\\evil', 'C:/evil'))])
+def test_missing_and_damaged_data_get_a_sentence(tmp_path, offline, name, files, words):
+    write_tree(tmp_path, files)
+    refused(words, data.prepare, name, tmp_path, whole='Tiny' not in name)
+    assert {path.name for path in tmp_path.iterdir()} == {path.split('/')[0] for path in files}  # no more
+
+
+def test_what_stands_in_the_way_gets_a_sentence(tmp_path, monkeypatch, offline):
+    write_tree(tmp_path, {'disk': Path('/nowhere/disk'), 'file': '', 'cifar-10-python.tar.gz': 'half'})
+    refused('disk is a link to /nowhere/disk, which ', data.prepare, 'CIFAR10_x32', tmp_path / 'disk')
+    refused('file is a file, but a folder is needed', data.prepare, 'CIFAR10_x32', tmp_path / 'file')
+    from torchvision.datasets import CIFAR10
+    roots = []  # where it is downloaded and extracted: another process may be at it, too
+    with monkeypatch.context() as patch:
+        patch.setattr(CIFAR10, 'download', lambda self: roots.append(Path(self.root)))
+        refused('is damaged', data.prepare, 'CIFAR10_x32', tmp_path)
+    assert roots and roots[0].parent.name.startswith('CIFAR10_x32.part.')
+    monkeypatch.setitem(sys.modules, 'torchvision.datasets', None)  # an import of it fails
+    refused('torchvision cannot be imported .* Install', data.prepare, 'CIFAR10_x32', tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {'disk', 'file', 'cifar-10-python.tar.gz'}
+
+
+def test_ready_made_arrays_are_checked(tmp_path):
+    folder = tmp_path / 'CIFAR10_x32'
+    folder.mkdir()
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
+    data.save_arrays(folder, 'test', images, labels)
+    for name, array, words in (
+            ('images', images.astype(np.float32), 'float32'), ('labels', labels.astype(np.int32), 'int32'),
+            ('images', images.transpose(0, 3, 1, 2), r'but uint8 .*32, 32, 3. is needed'),
+            ('labels', labels[:3], '4 images need int64'),
+            ('labels', labels + 10, 'labels 10 to 10, but the classes are 0 to 9')):
+        data.save_arrays(folder, 'train', images, labels)
+        np.save(folder / f'train_{name}.npy', array)
+        refused(words, data.read_arrays, 'CIFAR10_x32', folder)
+    data.save_arrays(folder, 'train', images, labels)
+    os.truncate(folder / 'test_images.npy', 5000)
+    refused('test_images.npy cannot be read.*Delete', data.read_arrays, 'CIFAR10_x32', folder)
+    (folder / 'test_labels.npy').unlink()
+    refused('lacks test_labels.npy', data.prepare, 'CIFAR10_x32', tmp_path)
+
+
+def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    own = dict(size=32, classes=5, train=80, val=20, test=10)
+    monkeypatch.setitem(data.SETS, 'Own', own)
+    refused('Own needs train_images.npy', data.prepare, 'Own', tmp_path)
+    (tmp_path / 'Own').mkdir()
+    images, labels = arrays(100)[0], torch.arange(100) // 20
+    data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
+    data.save_arrays(tmp_path / 'Own', 'train', images, labels)
+    refused('Own: .* sorted by class, .* shuffle', load, tmp_path, name='Own')
+    load(tmp_path, name='Own', trained_elsewhere=True)
+    data.save_arrays(tmp_path / 'Own', 'train', images, labels[torch.randperm(100)])
+    assert len(load(tmp_path, name='Own')[1]['val']) == 20
+    monkeypatch.setitem(data.SETS, 'Own', own | dict(size=28))
+    refused('Own has images of 28 px, but the networks take 32 or 64', load, tmp_path, name='Own')
+    monkeypatch.setitem(data.SETS, 'Own', own | dict(test=60))
+    refused(r"holds 10 of 60 images. Correct it, or SETS\['Own'\]", load, tmp_path, name='Own', whole=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(trial):
+    with pytest.raises(FloatingPointError, match=r'not finite in updates (\d+) to .* update \1 is good.$'):
+        trial.main('--iters', 10, '--lr', 1e30)
+    assert all(t.isfinite().all() for t in trial.weights.values())
+    shutil.rmtree(trial.logs)  # a row after two updates: there is no checkpoint yet
+    with pytest.raises(FloatingPointError, match='updates 0 to 2 .*--precision bf16.$'):
+        trial.main('--iters', 20, '--lr', 1e38, '--wd', 1e38)
+    assert not list(trial.logs.rglob('*.pt'))
+
 
 def test_fp16_skips_overflows_and_keeps_its_scale(trial, mine):
     """From an absurd first scale: updates are skipped and counted, momentum and weights stay finite, and a
@@ -2218,147 +1209,305 @@ def test_fp16_whose_scale_collapses_ends_the_run(trial, mine):
     assert all(t.isfinite().all() for t in trial.weights.values())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(trial):
-    with pytest.raises(FloatingPointError, match=r'not finite in updates (\d+) to .* update \1 is good.$'):
-        trial.main('--iters', 10, '--lr', 1e30)
-    assert all(t.isfinite().all() for t in trial.weights.values())
-    shutil.rmtree(trial.logs)  # a row after two updates: there is no checkpoint yet
-    with pytest.raises(FloatingPointError, match='updates 0 to 2 .*--precision bf16.$'):
-        trial.main('--iters', 20, '--lr', 1e38, '--wd', 1e38)
-    assert not list(trial.logs.rglob('*.pt'))
+# ---- data sets in all their layouts ----
+
+def test_tiny_imagenet(tiny):
+    refused('n01_4.JPEG .with .* others. is missing', data.prepare, 'TinyImageNet200_x64', tiny, whole=True)
+    assert [path.name for path in tiny.iterdir()] == ['tiny-imagenet-200.zip']
+    data.prepare('TinyImageNet200_x32', tiny)
+    (images, labels), (_, test_labels), about = data.read_arrays(
+        'TinyImageNet200_x64', tiny / 'TinyImageNet200_x64')
+    names = sorted(name for name in TINY if name.startswith('train/'))
+    for i, j in enumerate(np.random.RandomState(0).permutation(12)):
+        expected = np.asarray(Image.open(io.BytesIO(TINY[names[j]])).convert('RGB'))
+        assert np.array_equal(images[i], expected) and labels[i] == int(names[j][8]) - 1  # n01 -> 0
+    assert test_labels.tolist() == [1, 0, 2] and 'sorted' in about
+    (small, same_labels), _, _ = data.read_arrays('TinyImageNet200_x32', tiny / 'TinyImageNet200_x32')
+    blocks = images.numpy().reshape(12, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
+    assert np.array_equal(small, np.floor(blocks + 0.5)) and torch.equal(same_labels, labels)
+    assert (tiny / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
+    trn, evals, _ = load(tiny, name='TinyImageNet200_x64', batch=4)
+    assert (len(trn), len(evals['val']), len(evals['tst'])) == (9, 3, 3)  # 12 * 81920 / 100000
+    refused('holds 12 of 100000 images', load, tiny, name='TinyImageNet200_x64', whole=True)
 
 
-def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
-    def no_compiler():
-        raise RuntimeError('Failed to find C compiler')
-    for there, backend, able in ((False, str, False), (True, no_compiler, False), (True, str, True)):
-        monkeypatch.setattr('torch.utils._triton.has_triton', lambda there=there: there)
-        monkeypatch.setattr('torch.utils._triton.triton_backend', backend)
-        assert runs.can_compile() is able
+def sorted_val(files, pattern):
+    """The files with the images of val moved into class folders, and without the list of their classes."""
+    wnids = dict(line.split('\t')[:2] for line in files['val/val_annotations.txt'].splitlines())
+    moved = {f'val/images/{file}': pattern.format(wnid, file) for file, wnid in wnids.items()}
+    return {moved.get(name, name): x for name, x in files.items() if name != 'val/val_annotations.txt'}
 
 
-def test_no_update_reads_a_value(trial, monkeypatch):
-    """Fake tensors hold no values: .item(), float() or `if` on a loss, which would wait for a GPU, raise."""
-    class Done(Exception):
-        pass
-
-    def check(ranks):  # before each update
-        update = next(updates)
-        if update == 1:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        elif update == 3:
-            raise Done
-
-    monkeypatch.setattr(runs.Ranks, 'check_signals', check)
-    updates = itertools.count()
-    with pytest.raises(Done), contextlib.ExitStack() as stack:
-        trial.main('--synthetic', '--batch', 16, '--accum', 2, '--iters', 60, '--precision', 'bf16')
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_no_update_waits_for_the_gpu(tmp_path, mine):
-    first, last = '            for group in optimizer.param_groups', '            it += 1\n'
-    strict = "            torch.cuda.set_sync_debug_mode('error' if it > 2 else 0)\n"
-    script = mine((first, strict + first), (last, last + '            torch.cuda.set_sync_debug_mode(0)\n'))
-    for flags in (['--precision', 'fp16'], ['--precision', 'fp32', '--no-compile'], ['--accum', 2]):
-        run(script, '--synthetic', '--iters', 20, *flags, '--log-dir', tmp_path)
+@pytest.mark.parametrize('files', [
+    sorted_val(TINY, 'val/{}/{}'), sorted_val(TINY, 'val/{}/images/{}'), sorted_val(TINY, 'val/images/{}/{}'),
+    below('tiny-imagenet-200', TINY),
+    {name.replace('images/n', 'n'): x for name, x in TINY.items()},
+    {name: x.replace('\n', '\r\n') if name[0] in 'vw' and isinstance(x, str) else x
+     for name, x in TINY.items() if name != 'words.txt'}], ids='sorted below above twice flat crlf'.split())
+@pytest.mark.parametrize('archive', [False, True])
+def test_layouts_of_tiny_imagenet(tiny, files, archive):
+    data.prepare('TinyImageNet200_x64', tiny)
+    usual, home = tiny / 'TinyImageNet200_x64', tiny / 'other' / 'tiny-imagenet-200'
+    write_tree(home, files)
+    clutter(home)
+    if archive:  # the files lie on top, without a folder around them
+        shutil.make_archive(home, 'zip', home)
+        shutil.rmtree(home)
+    data.prepare('TinyImageNet200_x64', home.parent)
+    for file in data.FILES:
+        assert (usual / file).read_bytes() == (home.parent / usual.name / file).read_bytes(), file
 
 
-# ---- runs: wrong input, other people's weights, odd surroundings ----
+@pytest.mark.parametrize('size,folders,archive,kind', [
+    (32, ['Imagenet32_train'], False, ''), (64, ['Imagenet64_train'], True, ''),
+    (64, ['Imagenet64_train_part1', 'Imagenet64_train_part2'], False, ''),
+    (32, ['Imagenet32_train_npz'], False, '_npz'), (32, ['Imagenet32_train_npz'], True, '_npz')])
+def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
+    rng, name = np.random.default_rng(0), f'ImageNet1k_x{size}'
+    train, val, files = [batch_file(rng, 5, size) for _ in range(10)], batch_file(rng, 7, size), {}
+    for i, batch in enumerate([*train, val]):
+        home = [*folders, f'Imagenet{size}_val{kind}'][i * len(folders) // 10]
+        file = f'train_data_batch_{i + 1}' if batch is not val else 'val_data'
+        files.setdefault(home, {})[file + kind.replace('_', '.')] = npz(**batch) if kind else pickle.dumps(
+            batch, protocol=2 + i % 4)
+    for home, batches in files.items():
+        write_tree(*((tmp_path, {f'{home}.zip': zipped(batches)}) if archive else (tmp_path / home, batches)))
+    refused('holds 50 of 1281167', data.prepare, name, tmp_path, whole=True)
+    data.prepare(name, tmp_path)
+    (images, labels), (_, test_labels), about = data.read_arrays(name, tmp_path / name)
+    pixels = np.concatenate([batch['data'] for batch in train])
+    assert np.array_equal(images, pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
+    assert (labels + 1).tolist() == sum([batch['labels'] for batch in train], [])
+    assert (test_labels + 1).tolist() == val['labels'] and 'own order' in about
+    trn, evals, _ = load(tmp_path, name=name)
+    assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
 
-def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
-    import cifar10_x32
-    text, evil, file, model = (tmp_path / name for name in ('text', 'evil.pt', 'x.safetensors', 'model.pt'))
-    for path in (text, file):
-        path.write_text('no checkpoint')
-    torch.save({'config': Evil()}, evil)
-    torch.save(torch.nn.Linear(2, 2), model)
-    (tmp_path / 'home').symlink_to(small)
+
+def test_downsampled_imagenet_from_the_original_images(imagenet, tmp_path):
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    data.prepare('ImageNet1k_x32', tmp_path)
+    (images, labels), _, about = data.read_arrays('ImageNet1k_x32', tmp_path / 'ImageNet1k_x32')
+    files = sorted((imagenet / 'imagenet2012/train').rglob('*.JPEG'))
+    for image, label, file in zip(images, labels, files, strict=True):
+        small = Image.open(file).convert('RGB').resize((32, 32), Image.BOX)
+        assert np.array_equal(image, np.asarray(small)) and WNIDS[label] == file.parent.name
+    assert 'sorted wnids' in about
+
+
+def write_tar(path, files, mode='w'):
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_official_archives_and_flat_val(tmp_path):
+    """Training tars in a tar, flat val, and the development kit, which has an order of its own."""
+    rng, root = np.random.default_rng(0), tmp_path / 'imagenet2012'
+    train_tar, val_tar, kit_tar = archives = [tmp_path / name for name in data.ARCHIVES]
+    write_tar(train_tar, {f'./{wnid}.tar': write_tar(train_tar, {
+        f'{wnid}_{j}.JPEG': encoded(picture(rng, 80, 90)) for j in range(2)}) for wnid in WNIDS[:5]})
+    write_tar(val_tar, {f'ILSVRC2012_val_{i:08}.JPEG': encoded(picture(rng, 60, 70)) for i in range(1, 7)} | {
+        '/tmp/evil.JPEG': b'x'})
+    order, truth, home = [3, 1, 4, 0, 2], [1, 5, 2, 2, 3, 4], 'ILSVRC2012_devkit_t12/data'
+    lines = b''.join(b'%d\n' % i for i in (truth * 9000)[:50000])
+    write_tar(kit_tar, {f'{home}/meta.mat': meta_mat(WNIDS[i] for i in order), f'{home}/../../evil': b'x',
+                        f'{home}/ILSVRC2012_validation_ground_truth.txt': lines}, 'w:gz')
+    refused('unpack imagenet2012.* --synthetic', data.prepare, 'imagenet2012', tmp_path, whole=True)
+    write_tree(root, {f'train/{WNIDS[0]}/{WNIDS[0]}_1.JPEG': 'xx'})  # half of a file
+    (root / 'val').mkdir()
+    val_tar.rename(root / 'val' / val_tar.name)
+    data.unpack_imagenet(tmp_path)
+    parts, wnids, _ = data.open_imagenet(tmp_path)
+    assert wnids == WNIDS[:5] and parts['train'].labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert data.decode_tensor(*parts['train'].read(1)).shape == (3, 80, 90)
+    assert parts['val'].labels.tolist() == [order[i - 1] for i in truth]
+    assert len(data.decode_tensor(*parts['val'].read(5))) == 3
+    before = {file: file.stat().st_mtime_ns for file in root.rglob('*.JPEG')}
+    data.unpack_imagenet(tmp_path)  # adds nothing
+    assert before == {file: file.stat().st_mtime_ns for file in root.rglob('*.JPEG')}
+    assert not list(tmp_path.rglob('*evil*')) and not list(tmp_path.rglob('*.part*'))
+    (root / 'val/other.jpg').touch()
+    refused('nothing says the class of other.jpg', data.open_imagenet, tmp_path)
+    (root / 'val/other.jpg').unlink()
+    (root / 'ILSVRC2012_devkit_t12/data/meta.mat').write_bytes(b'x' * 128 + b'\x0fdamaged')
+    refused('meta.mat cannot be read', data.open_imagenet, tmp_path)
+    (root / 'val' / WNIDS[0]).mkdir()  # sorted by somebody, who was stopped
+    refused('only 0 images in them. Delete .*val', data.unpack_imagenet, tmp_path, whole=True)
+    (root / 'val' / val_tar.name).rename(val_tar)
+    shutil.rmtree(root)
+    for archive in archives:
+        os.truncate(archive, 700)
+    refused('is damaged .*Fetch it again', data.unpack_imagenet, tmp_path)
+
+
+VAL = ['n00000003', 'n00000001', 'n00000003', 'n00000007']  # the classes of ILSVRC2012_val_00000001 and on
+FLAT_VAL = {f'val/ILSVRC2012_val_{i:08}.JPEG': '' for i in range(1, 5)}
+TRAIN = {f'train/{wnid}/{wnid}_{i}.JPEG': '' for wnid in sorted({*VAL}) for i in range(2)}
+TRUTH = {'ILSVRC2012_validation_ground_truth.txt': ''.join(f'{int(wnid[1:]) + 1}\n' for wnid in VAL)}
+KIT = {'meta.mat': meta_mat(ALL_WNIDS)} | TRUTH
+KAGGLE = below('Data/CLS-LOC', TRAIN | FLAT_VAL) | {
+    f'Annotations/CLS-LOC/{name[:-4]}xml': '' for name in TRAIN}
+CSV = {'LOC_val_solution.csv': 'ImageId,PredictionString\r\n' + ''.join(
+    f'ILSVRC2012_val_{i:08},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \r\n' for i, wnid in enumerate(VAL, 1))}
+TREES = {  # below --data-dir, and whether the order of all 1000 classes is known
+    'kit': (below('imagenet2012', TRAIN | FLAT_VAL | below('ILSVRC2012_devkit_t12/data', KIT)), True),
+    'kit beside, lines of Windows': (below('imagenet2012', TRAIN | FLAT_VAL) | below(
+        'ILSVRC2012_devkit_t12/data', KIT | {k: x.replace('\n', '\r\n') for k, x in TRUTH.items()}), True),
+    'val alone': (below('imagenet2012', FLAT_VAL | KIT), True),
+    'kaggle moved': (below('imagenet2012', below('ILSVRC', KAGGLE) | CSV), False),
+    'kaggle, csv beside': (below('imagenet2012', TRAIN | FLAT_VAL) | CSV, False),
+    'kaggle linked': (below('kaggle', below('ILSVRC', KAGGLE) | CSV) | {
+        'imagenet2012': Path('kaggle/ILSVRC/Data/CLS-LOC')}, False),
+    'names of hubs': (below('imagenet2012', TRAIN | {
+        f'val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': '' for i, wnid in enumerate(VAL, 1)}), False),
+    'train flat, folders twice': (below('imagenet2012', {f'train/train/{Path(k).name}': '' for k in TRAIN} | {
+        f'val/val/{wnid}/{Path(k).name}': '' for wnid, k in zip(VAL, FLAT_VAL, strict=True)}), False),
+    'empty folders': (below('imagenet2012', TRAIN | {
+        f'val/{wnid}/{i}.JPEG': '' for i, wnid in enumerate(VAL)} | {
+        f'train/{wnid}/.keep': '' for wnid in ALL_WNIDS}), True),
+}
+
+
+@pytest.mark.parametrize('layout', TREES)
+def test_layouts_of_imagenet(tmp_path, layout):
+    files, known = TREES[layout]
+    write_tree(tmp_path, files)
+    clutter(tmp_path)
+    parts, wnids, _ = data.open_imagenet(tmp_path)
+    assert wnids == (ALL_WNIDS if known else sorted({*VAL}))
+    of_val = {os.fsdecode(name): wnids[label] for name, label in zip(
+        parts['val'].names.tolist(), parts['val'].labels.tolist(), strict=True)}
+    assert [of_val[name] for name in sorted(of_val, key=lambda name: name[-8:])] == VAL or (
+        sorted(of_val.values()) == sorted(VAL) and layout in ('names of hubs', 'empty folders'))
+    if layout != 'val alone':
+        assert [wnids[label] for label in parts['train'].labels] == sorted([*{*VAL}] * 2)
+    if known:  # few classes, but each in its place among all: weights that always say 3 are right twice
+        val = load(tmp_path, batch=4, trained_elsewhere=True)[1]['val']
+        assert sorted(val.images.labels.tolist()) == [1, 3, 3, 7]
+    else:
+        refused('has 3 of the 1000 classes .*unpack', load, tmp_path, batch=4, trained_elsewhere=True)
+        load(tmp_path, batch=4)  # but good for a trial
+    if layout in ('kit', 'names of hubs'):
+        shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003')
+        refused('imagenet2012: val has images of 1 classes that no ', load, tmp_path, batch=4)
+
+
+def test_test_sets_of_imagenet(imagenet):
+    """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
+    import imagenet2012
+    refused('holds 55 of 1281167 .* in 11 of 1000', data.prepare, 'imagenet2012', imagenet, whole=True)
+    _, evals, _ = load(imagenet)
+    assert list(evals) == ['val', 'IN-V2', 'IN-R']
+    assert evals['IN-V2'].images.labels.tolist() == [0, 1, 10, 2] and evals['IN-V2'].absent is None
+    assert evals['IN-R'].images.labels.tolist() == [1, 1, 2, 2]
+    logits = torch.full((4, 1000), 5.0)
+    logits[:, 1] = 1.0
+    accuracy, nll = imagenet2012.evaluate(torch.nn.Identity(), lambda x: logits, evals['IN-R'], runs.Ranks())
+    restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
+    assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
+    folder = imagenet / 'imagenet-r'
+    for wnids, words in ((WNIDS[:2], 'n00000002 '), (WNIDS, 'holds 4 of 30000 images, in 2 of 200 classes')):
+        refused(words, data.label_images, *data.list_images(folder), wnids, 200, 30000, whole=True)
+
+
+def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, capsys):
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    shutil.copy(imagenet / 'meta.mat', tmp_path)
+    class_folders(tmp_path / 'imagenet-sketch/sketch', WNIDS[:2], 1)
+    class_folders(tmp_path / 'imagenet-a', ['n99999999'], 1)
+    (tmp_path / 'imagenet-r').mkdir()
+    write_tree(tmp_path, {'imagenetv2-matched-frequency-format-val/a.jpeg': ''})
+    evals, about = load(tmp_path)[1:]
+    assert list(evals) == ['val', 'IN-Sketch'] and evals['IN-Sketch'].images.labels.tolist() == [0, 1]
+    assert f'decoded by {data.jpeg_decoder()[0]}' in about
+    left_out = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in left_out] == ['IN-V2', 'IN-R', 'IN-A']
+    assert evals['IN-Sketch'].absent is None
+    absent = load(imagenet, device='meta')[1]['IN-R'].absent
+    assert absent.device.type == 'meta' and absent.dtype == torch.bool  # where the logits are
+
+
+def test_the_list_of_files_follows_the_folders_and_is_whole_or_not_there(tmp_path, monkeypatch):
+    class_folders(tmp_path / 'train', WNIDS[:2], 2)
+
+    def full(file, **arrays):
+        file.write(b'half')
+        raise OSError('No space left')
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'savez', full)
+        assert len(data.list_images(tmp_path / 'train')[1]) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ['train']
+    classes, images = data.list_images(tmp_path / 'train')
+    assert (tmp_path / 'train-index.npz').exists()
+    classes_again, again = data.list_images(tmp_path / 'train')
+    assert classes_again == classes and again.path == images.path
+    assert np.array_equal(again.names, images.names) and np.array_equal(again.labels, images.labels)
+    (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
+    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+    (tmp_path / 'train-index.npz').write_bytes(b'damaged')
+    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+
+
+@pytest.mark.parametrize('short_side', [None, 64])
+def test_pack(imagenet, tmp_path, short_side):
+    (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
+    files = data.open_imagenet(tmp_path)[0]
+    data.pack_imagenet(tmp_path, short_side)
+    packed, wnids, about = data.open_imagenet(tmp_path)
+    assert wnids == ALL_WNIDS and 'packed' in about
+    for part in ('train', 'val'):
+        assert np.array_equal(packed[part].labels, files[part].labels)
+        for i in range(len(files[part])):
+            (a, path), (b, where) = files[part].read(i), packed[part].read(i)
+            assert Path(path).name == Path(where).name
+            if part == 'val' or not short_side:
+                assert np.array_equal(a, b)
+            else:
+                assert min(data.decode_tensor(b, '').shape[1:]) == 64
+    refused('is there already', data.pack_imagenet, tmp_path)
+    os.truncate(tmp_path / 'imagenet2012-pack/train.bin', 500)
+    refused('train.bin has 500 bytes', data.open_imagenet, tmp_path)
+
+
+def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'here').symlink_to(small)
+    main('data.py', '--data-dir=~/here')
+    report = capsys.readouterr().out
+    assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
+    main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small)
+    assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
+    with pytest.raises(SystemExit, match='2'):
+        main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'no' / 'a.png', '--data-dir', small)
+    says(capsys.readouterr().err, 'No such file', 'a.png')
+    says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
+
+
+# ---- nothing in a file is run ----
+
+def test_pickles_run_nothing(tmp_path, monkeypatch):
+    """Nor does what is no batch get further."""
     monkeypatch.chdir(tmp_path)
-    here, cuda_graphs = ('--data-dir', small), dict(TORCHINDUCTOR_CUDAGRAPHS='1')
-    cases = [  # flags, environment, words of the message
-        (['--workers', -1], {}, ['--workers at 0']),
-        (['--iters', 0], {}, ['start at 1']),
-        (['--seed', 2 ** 64], {}, ['--seed goes from 0 to 2^64 - 1']),
-        (['--batch', 10, '--accum', 3], {}, ['--batch 10 is not divisible', '3 passes']),
-        ([], dict(WORLD_SIZE='2'), ['RANK, LOCAL_RANK, WORLD_SIZE', 'torchrun']),
-        ([], dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='two'), ['that fit together', 'torchrun']),
-        ([], dict(SLURM_STEP_NUM_TASKS='8'), ['SLURM_STEP_NUM_TASKS=8', 'train alone', 'torchrun']),
-        (['--compile', '--accum', 2], cuda_graphs, ['CUDA graphs', 'unset the variable']),
-        ([*here, '--eval', whole.path('best'), '--depth', 32], SMALL, ['depth 20', '32']),
-        ([*here, '--eval', text], SMALL, ['as a checkpoint', 'another kind of file']),
-        ([*here, '--eval', evil], SMALL, ['as a checkpoint', 'whose code is not run']),
-        ([*here, '--eval', model], SMALL, ['as a checkpoint', 'save the state_dict()']),
-        ([*here, '--eval', file], SMALL, ['as a checkpoint', 'a safetensors file']),
-        ([*here, '--eval', tmp_path / 'none'], SMALL, ['No such file']),
-        ([*here, '--log-dir', text], SMALL, ['text', '--log-dir']),
-        (here, {}, ['holds 250 of 50000 images']),
-        ([*here, '--batch', 512], SMALL, ['512', '204 training images']),
-        # no shell has replaced this ~; and what is empty in the environment is not there
-        (['--data-dir=~/home', '--batch', 512], SMALL | dict(HOME=str(tmp_path), WORLD_SIZE=''), ['204'])]
-    if not torch.cuda.is_available():
-        cases.append((['--device', 'cuda'], {}, ['GPU', '--device cpu']))
-    for flags, env, words in cases:
-        with monkeypatch.context() as patch, pytest.raises(data.UserError) as error:
-            patch.setattr(sys, 'argv', [str(x) for x in (*SHORT, '--log-dir', tmp_path, *flags)])
-            for key, value in {data.INCOMPLETE: '', **env}.items():
-                patch.setenv(key, value)
-            cifar10_x32.main()
-        says(str(error.value), *words)
-    assert not (tmp_path / 'evil').exists()
-    for flag, value, words in (('--depth', 19, 'choose from 18, 20, 32'),
-                               ('--iter', 9, 'unrecognized arguments: --iter')):  # no guessing
-        monkeypatch.setattr(sys, 'argv', ['cifar10_x32.py', flag, str(value)])
-        with pytest.raises(SystemExit, match='2'):
-            cifar10_x32.main()
-        says(capsys.readouterr().err, words)
-    says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
+    for content in (
+            pickle.dumps({'data': Evil(), 'labels': []}), pickle.dumps(np.array([Evil()], object)),
+            npz(data=np.array([Evil()], object), labels=[1]), b'', b'\x80\x04x',
+            pickle.dumps({'labels': [1]}), pickle.dumps({'data': np.zeros((1, 9), np.uint8), 'labels': [1]}),
+            pickle.dumps({'data': np.zeros((1, 3072), np.uint8), 'labels': [0]})):
+        path = tmp_path / ('batch.npz' if content[:2] == b'PK' else 'batch')
+        path.write_bytes(content)
+        refused('is not a downsampled ImageNet batch' + ' .*allow_pickle' * (content[:2] == b'PK'),
+                data.read_batch, path, 32)
+    assert not Path('evil').exists()
 
 
-@pytest.mark.parametrize('file', [None, 'data_batch_3'])
-def test_missing_and_damaged_cifar(tmp_path, file, monkeypatch):
-    words = ['--synthetic', 'cifar-10-python.tar.gz']
-    if file:
-        (tmp_path / 'cifar-10-batches-py').mkdir()
-        (tmp_path / 'cifar-10-batches-py' / file).write_bytes(b'half of a file')  # as after a broken copy
-        words.append('data_batch_3 is damaged')
-    for name in ('https_proxy', 'http_proxy'):  # one that nobody serves stands for a missing network
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')
-    with pytest.raises(data.UserError) as error:
-        data.prepare('CIFAR10_x32', tmp_path)
-    says(str(error.value), *words)
-
-
-def test_eval_reproduces_the_result(trial, whole, capsys):
-    trial.main('--eval', whole.path('best'))
-    printed = capsys.readouterr().out
-    assert printed == re.search('^val .*\ntst .*\n', whole.output, re.M)[0]
-
-
-def test_weights_from_elsewhere_are_loaded(tmp_path):
-    shape = dict(depth=20, width=1, image_size=32, num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
-    theirs, ours = resnet.ResNet(**shape).state_dict(), resnet.ResNet(**shape)
-    for prefix, key in itertools.product(('', 'module.', '_orig_mod.', 'module._orig_mod.'),
-                                         (None, 'state_dict', 'model', 'net')):
-        weights = {prefix + name: tensor for name, tensor in theirs.items()}
-        torch.save({key: weights, 'epoch': 3} if key else weights, tmp_path / 'x.pth')
-        for tensor in ours.state_dict().values():
-            tensor.fill_(7)
-        runs.load_weights(ours, tmp_path / 'x.pth', shape)
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), key
-    with pytest.raises(data.UserError, match='x.pth has no weights'):
-        torch.save({'epoch': 3}, tmp_path / 'x.pth')
-        runs.load_weights(ours, tmp_path / 'x.pth', shape)
-
-
-@pytest.mark.parametrize('shell', ['exec "$@" >&- 2>&-', '("$@"; echo $? >&2) | head -1 >&2'])
-def test_a_run_whose_output_nobody_reads_goes_on(trial, shell):
-    """Also in a log folder whose name is not UTF-8."""
-    trial = trial.but('--iters', 2, logs=trial.logs.with_name(os.fsdecode(b'lo\xffgs')))
-    done = subprocess.run(['sh', '-c', shell, 'sh', sys.executable, *map(str, trial.command)], cwd=HERE,
-                          env={**os.environ, **SMALL}, capture_output=True)
-    assert done.returncode == 0 and len(trial.rows) == 2 and result(trial.text)
-    assert 'head' not in shell or re.fullmatch(rb'command .*\n0\n', done.stderr), done.stderr
+def test_checkpoints_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'config': {}, 'net': {'weight': Evil()}}, 'a.pt')
+    refused('a.pt cannot be read as a checkpoint .*holds objects', runs.read_checkpoint, Path('a.pt'), {})
+    assert not Path('evil').exists()
 
 
 # ---- runs: what other machines and programs bring along ----
@@ -2469,21 +1618,14 @@ class Hung(BaseException):
 
 def damaged(content, others, rng):
     """Bytes with flipped bits, with a random stretch, cut off, with a piece left out, or of another file."""
-    kind, content = rng.integers(5), bytearray(content)
     at = int(rng.integers(len(content)) if rng.integers(2) else rng.integers(min(200, len(content))))
     at = len(content) - 1 - at if rng.integers(2) else at  # half of them near the ends, where the headers are
-    if kind == 0:
-        for i in [at, *rng.integers(len(content), size=rng.integers(4))]:
-            content[i] ^= 1 << int(rng.integers(8))
-    elif kind == 1:
-        content[at:at + 9] = rng.bytes(len(content[at:at + 9]))
-    elif kind == 2:
-        del content[at:]
-    elif kind == 3:
-        del content[at:at + int(rng.integers(1, 100))]
-    else:
-        return others[rng.integers(len(others))]
-    return bytes(content)
+    flipped = bytearray(content)
+    for i in [at, *rng.integers(len(content), size=rng.integers(4))]:
+        flipped[i] ^= 1 << int(rng.integers(8))
+    kinds = (bytes(flipped), content[:at] + rng.bytes(9) + content[at + 9:], content[:at],
+             content[:at] + content[at + int(rng.integers(1, 100)):], others[rng.integers(len(others))])
+    return kinds[rng.integers(len(kinds))]
 
 
 def fuzz(count, folder, seed):
@@ -2494,14 +1636,12 @@ def fuzz(count, folder, seed):
     state = {'net': {f'layer{i}': torch.randn(20, 30) for i in range(9)}, 'run': {'rows': [(1, 2.0)]}}
     runs.write_checkpoint(folder / 'a.pt', config=config, **state)
     photo = Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).resize((150, 120))
-    originals = {'checkpoint': (folder / 'a.pt').read_bytes(),
-                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3), 'jpeg': jpeg(np.asarray(photo))}
-    write_tiny(folder / 'tiny-imagenet-200.zip')
-    originals['zip'] = (folder / 'tiny-imagenet-200.zip').read_bytes()
-    evil = [pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'']
-    bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
+    originals = {'checkpoint': (folder / 'a.pt').read_bytes(), 'zip': TINY_ZIP, 'jpeg': encoded(photo),
+                 'batch': pickle.dumps(batch_file(rng, 5, 32), protocol=3)}
     torch.save({'config': Evil()}, folder / 'evil.pt')
-    others = [*originals.values(), *evil, bomb, (folder / 'evil.pt').read_bytes()]
+    bomb = b'\x80\x02}r\xff\xff\xff\x07.'  # item 2 ** 27 of the memo: of 2 GB, if it is a table
+    others = [*originals.values(), pickle.dumps(Evil()), pickle.dumps({'data': Evil(), 'labels': [1]}), b'',
+              bomb, (folder / 'evil.pt').read_bytes()]
 
     def checkpoint():
         read = runs.read_checkpoint(path, config)
@@ -2517,18 +1657,17 @@ def fuzz(count, folder, seed):
         pixels = data.decode(path.read_bytes(), path)
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
-    def prepared():
+    def archive(content=None):
+        (folder / 'tiny-imagenet-200.zip').write_bytes(content or path.read_bytes())
         shutil.rmtree(folder / 'TinyImageNet200_x64', ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):
             data.prepare('TinyImageNet200_x64', folder)
         parts = data.read_arrays('TinyImageNet200_x64', folder / 'TinyImageNet200_x64')[:2]
-        return {(image.tobytes(), label) for images, labels in parts
-                for image, label in zip(images.numpy(), labels.tolist(), strict=True)}
-    all_images = prepared()
-
-    def archive():
-        path.rename(folder / 'tiny-imagenet-200.zip')
-        assert prepared() <= all_images
+        found = {(image.tobytes(), label) for images, labels in parts
+                 for image, label in zip(images.numpy(), labels.tolist(), strict=True)}
+        assert content or found <= all_images
+        return found
+    all_images = archive(TINY_ZIP)
 
     def hung(number, frame):
         raise Hung
@@ -2558,7 +1697,6 @@ def fuzz(count, folder, seed):
 
 
 def test_damaged_files_are_refused(tmp_path, monkeypatch, recwarn):
-    monkeypatch.setenv(data.INCOMPLETE, '1')
     monkeypatch.chdir(tmp_path)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for kind, outcomes in fuzz(25, tmp_path, seed=0).items():
@@ -2567,15 +1705,601 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, recwarn):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10 ** 6  # kB
 
 
+# ---- the numbers are those of the logs ----
+
+RUN = Path('logs', 'CIFAR10_x32', 'resnet_20x1-iter_1k-wd_0.0010-bf16', '1', '20261122-204359.log')
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of what git tracks (runs of your own do not count), or of everything where there is no git."""
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=HERE, capture_output=True, text=True)
+    if listed.returncode:
+        ignore = shutil.ignore_patterns('.venv', 'datasets', '*.last.pt', '*.prev.pt', '__pycache__')
+        shutil.copytree(HERE, tmp_path, ignore=ignore, dirs_exist_ok=True)
+    for name in filter(None, listed.stdout.split('\0')):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, tmp_path / name)
+    return tmp_path
+
+
+def test_pages_are_current(repository):
+    assert tables.check(repository) == []
+    for name in ('mine', 'CIFAR10_x32-synthetic', 'CIFAR10_x32-incomplete'):  # of copies and parts: stay out
+        (repository / 'logs' / name / '1').mkdir(parents=True)
+        shutil.copy(repository / RUN, repository / 'logs' / name / '1')
+    assert tables.check(repository) == []
+
+
+def test_a_log_that_contradicts_itself_is_found(repository):
+    path = repository / RUN
+    text, page = path.read_text(), (repository / 'logs' / 'README.md').read_bytes()
+    unfinished = text[:text.index('val    acc')]
+    *_, row_600, _, _, row_900, row_1000 = [line for line in unfinished.splitlines() if line.strip()]
+    of_result = [(f' {old}', f' {old.split("=")[0]}={new}', f'{old.split("=")[0]}={new}, ') for old, new in (
+        ('val_acc=0.7211', 0.7311), ('val_nll=0.7758', 0.7), ('best_iter=1000', 900), ('iters=1000', 2000),
+        ('tst_acc=0.7140', 0.7141), ('params=272474', 272475), ('wd=0.001', 0.002), ('seed=1', 4),
+        ('hours=0.097', 0.07), ('iter_per_min=172', 372), ('img_per_s=810', 1810))]
+    of_result += [
+        (' tst_nll=0.8019', '', 'tst_nll=None, '), (' best_iter=1000', '', 'best_iter=None, '),
+        (' tst_acc=', ' in_acc=0.9 tst_acc=', 'in_acc=0.9, the lines below the rows None'),
+        (' world=1', ' world=2', 'the last start 1 x AMD'), (' world=1', '', 'the last start 1 x AMD'),
+        (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, '),
+        (row_1000, '', 'every 100 updates, each once, up to 1000'),
+        (' hours=0.097', '', 'hours=nan, '), (' hours=0.097', ' hours=x', 'could not convert'),
+        (' seed=1', ' seed=1 seed=1', 'a key twice'), (' threads" torch', ' thr', '(No closing quotation)'),
+        ('RESULT', 'RESULT x\nRESULT', 'the RESULT line cannot be read'),
+        ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one')]
+    of_all = [
+        ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
+        ('\nwd                    : 0.001', '\nwd                    : 0.002', 'it belongs into CIFAR10_x32'),
+        ('\nlr                    : 0.1', '\nlr                    : x', 'could not convert'),
+        ('depth                 : 20\n', '', "incomplete ('depth')"),
+        ('command ', 'commend ', "incomplete ('command')"),
+        ('\n    500', '\n   x500', 'every 100 updates, each once'),
+        (row_900, f'{row_900}\n{row_900}', 'every 100 updates, each once'),
+        (row_1000, row_1000[:-2], 'row 1000 is not marked'), (row_600, f'{row_600} *', 'row 600 is marked')]
+    for whole, cases in ((text, of_result + of_all), (unfinished, of_all)):
+        for old, new, words in cases:
+            head, found, tail = whole.rpartition(old)
+            assert found, old
+            path.write_text(head + new + tail)
+            problems = tables.check(repository)
+            assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
+    assert tables.check(repository, write=True) and (repository / 'logs' / 'README.md').read_bytes() == page
+    for good in (text, unfinished, unfinished.replace(row_1000, ''), unfinished[:unfinished.index('\n\n')]):
+        path.write_text(good)
+        assert not [problem for problem in tables.check(repository) if str(path) in problem]
+    shutil.move(path, path.parents[1] / '2')
+    assert any(f'{RUN.parts[-3]}/1' in problem for problem in tables.check(repository))
+
+
+def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(whole, repository):
+    path = repository / RUN
+    text = path.read_text()
+    for old, new in (('1 x AMD EPYC, 2 threads', '2 x GPU'), (' 0:05:48', ' 1 day, 0:05:48'),
+                     ('hours=0.097', 'hours=24.097'),
+                     ('   1000 ', 'resumed at update 900 on 1 x AMD EPYC, 2 threads\n   1000 ')):
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+    for log, logs in ((whole.log, whole.logs), (path, repository / 'logs')):
+        assert list(tables.contradictions(tables.read_log(log), logs)) == []
+
+
+def test_a_page_that_is_wrong_is_found_and_written_again(repository):
+    shift = str.maketrans('0123456789', '1234567890')
+    for name, figures in (('README.md', (r'\*\*0\.\d{4}\*\*', r'[\d.]+ % (?:higher|lower)')),
+                          ('logs/README.md', (r'\*\*0\.\d{4}\*\*', r'\| 0\.\d{3} \|', r'bf16 +\d+'))):
+        path, heading = repository / name, '## Results'
+        text = path.read_text()
+        wrong = [(found := re.search(figure, text)[0], found.translate(shift), found) for figure in figures]
+        wrong += [(heading, f'{heading}\n{link}', words) for link, words in (
+            ('[x](no.md)', 'no.md is dead'), ('[x](#no)', '#no is dead'), ('![x](no.png)', 'no.png is dead'))]
+        for old, new, words in wrong:
+            path.write_text(text.replace(old, new, 1))
+            assert [words in problem for problem in tables.check(repository)] == [True], words
+        path.write_text(text.replace(heading, f'{heading}\n[a](#results) [b](README.md) [c](https://x.org)'))
+        assert tables.check(repository) == []
+        path.write_text(text.replace(*wrong[0][:2], 1))
+        assert tables.check(repository, write=True) == [] and path.read_text() == text
+        path.write_text(text.replace('<!-- end of results -->', ''))
+        refused('end of results', tables.check, repository)
+        path.write_text(text)
+    (repository / RUN).unlink()
+    assert any('disagrees' in problem for problem in tables.check(repository))
+
+
+def made(seed=1, stamp='1', rows=((1000, 1.9), (2000, 1.2)), stopped=False, **changed):
+    """A run of R20x1, of the schedule of its row."""
+    log = tables.read_log(HERE / RUN)
+    changed = dict(iters='48000', precision='fp32', seed=str(seed)) | changed
+    result = {key: value for key, value in (log.result | changed).items() if value}
+    header = log.header | {key: value for key, value in changed.items() if key in log.header}
+    return SimpleNamespace(path=Path('/logs/CIFAR10_x32/run', str(seed), f'{stamp}.log'), header=header,
+                           rows=[dict(iter=str(it), trn_loss=str(loss)) for it, loss in rows],
+                           result=None if stopped else result, devices=changed.get('device', log.devices))
+
+
+def cells(markdown):
+    titles, _, *rest = [line[2:-2].split(' | ') for line in markdown.splitlines() if line.startswith('|')]
+    return [dict(zip(titles, line, strict=True)) for line in rest]
+
+
+def beside(dataset, *logs):
+    """(lines of the table of a data set, lines of the table of other runs)"""
+    lines, others = tables.make_lines(tables.read_reference(HERE / 'logs'), logs)
+    return (cells(tables.data_set_table([line for line in lines if line[0]['dataset'] == dataset])),
+            cells(tables.runs_table(others)) if others else [])
+
+
+def test_the_reference_is_what_it_was():
+    rows = tables.read_reference(HERE / 'logs')
+    assert len(rows) == 42 and [row['source'] for row in rows].count('seed') == 37
+    for row in rows:
+        assert row['curve'].keys() == {str(it) for it in range(1000, int(row['iters']) + 1, 1000)} or (
+            row['source'] == 'later' and not row['curve'])
+        if row['curve'] and (row['dataset'], row['depth']) != ('CIFAR10_x32', '56'):  # it is of update 45000
+            best = max(float(point['val_acc']) for point in row['curve'].values())
+            assert best == pytest.approx(float(row['val_acc']), abs=6e-4)
+
+
+def test_runs_stand_beside_the_row_of_their_net_and_schedule():
+    lines, others = beside(
+        'CIFAR10_x32', made(), made(precision='bf16', depth='32'), made(depth='18', precision='bf16'),
+        made(depth='110', val_acc='0.78'), made(depth='56', iters='24000'), made(depth='44', lr='0.2'),
+        made(depth='44', batch='128'), made(depth='44', wd='0.002'), made(depth='110', seed=5, stopped=True))
+    found = [(line['net, parameters'][:5], line['precision'], line['log by seed'] != '') for line in lines]
+    assert found == [
+        ('R20x1', 'fp32 / **fp32**', True), ('R20x2', 'fp32', False), ('R20x4', 'fp32', False),
+        ('R32x1', 'fp32 / **bf16**', True), ('R44x1', 'fp32', False), ('R56x1', 'fp32', False),
+        ('R18x1', 'fp32', False), ('R18x1', 'fp16 / **bf16**', True)]
+    assert [line['val'] for line in lines[:2]] == ['0.923 / **0.7211**', '0.947']
+    assert [f'{line["net"]}: {line["settings"]}' for line in others] == [
+        'R110x1, fp32: 48000 updates, batch 256, lr 0.1, wd 0.001',
+        'R56x1, fp32: 24000 updates, batch 256, lr 0.1, wd 0.001',
+        'R44x1, fp32: 48000 updates, batch 256, lr 0.2, wd 0.001',
+        'R44x1, fp32: 48000 updates, batch 128, lr 0.1, wd 0.001',
+        'R44x1, fp32: 48000 updates, batch 256, lr 0.1, wd 0.002']
+    assert others[0]['ours'] == 'val 0.7800, tst 0.7140' and 'reference' not in others[0]
+    lines, _ = beside('CIFAR10_x32', made(depth='18'))  # fp32 where the reference has both
+    assert [line['precision'] for line in lines[-2:]] == ['fp32 / **fp32**', 'fp16']
+
+
+def test_means_over_seeds_and_which_of_two_runs_counts():
+    lines, _ = beside(
+        'CIFAR10_x32', made(2, val_acc='0.93'), made(1, val_acc='0.92'), made(10, val_acc='0.94'),
+        made(1, stamp='0', val_acc='0.1'), made(1, stamp='2', stopped=True),
+        made(1, device='another', val_acc='0.91'))
+    assert lines[0]['val'] == '0.923 / **0.9300 ± 0.0100**'
+    assert lines[0]['tst'] == '0.924 / **0.7140 ± 0.0000**'
+    assert re.findall(r'\[(\d+)\]\((\S+?)\)', lines[0]['log by seed']) == [
+        (seed, f'CIFAR10_x32/run/{seed}/1.log') for seed in ('1', '2', '10')]
+    assert lines[1]['val'] == '0.923 / **0.9100**' and len(lines) == 9
+
+
+def test_runs_that_were_stopped_are_compared_row_by_row():
+    lines, others = beside(
+        'CIFAR10_x32', made(1, stopped=True, rows=[(1000, 1.9), (1500, 1.4), (2000, 1.3), (2500, 1.1)]),
+        made(2, stopped=True, rows=[(1000, 2.0)]),
+        made(2, stamp='2', stopped=True, rows=[(1000, 1.959), (2000, 'inf')]))  # fp16 skipped an update
+    mean = (1.9 / 1.959 * 1.3 / 1.198) ** 0.5  # the reference's are 1.959 and 1.198
+    titles = 'updates', 'trn loss, reference / ours', 'mean ratio'
+    assert [(line['log by seed'][:3], *(line[title] for title in titles)) for line in lines[:3]] == [
+        ('[1]', '**2500**', '1.198 / **1.3000**', f'**{mean:.3f}**'),
+        ('[2]', '**2000**', '1.959 / **1.9590**', '**1.000**'), ('', '', '', '')]
+    assert lines[0]['val'] == '0.923' and not others
+
+
+def test_tables_have_nine_columns_none_of_them_empty():
+    large = dict(dataset='imagenet2012', depth='50', batch='2048', iters='64000', lr='0.8', wd='0.0001')
+    full = made(**large, precision='fp16', val_acc='0.76', inv2_acc='0.64', tst_acc='', tst_nll='',
+                rows=[(64000, 1.0)])
+    for dataset in {row['dataset'] for row in REFERENCE}:
+        for logs in ([], [full], [made(dataset=dataset, stopped=True)]):
+            lines, _ = beside(dataset, *logs)
+            assert len(lines) == len([row for row in REFERENCE if row['dataset'] == dataset])
+            assert len(lines[0]) <= 9 and all(any(line[title] for line in lines) for title in lines[0])
+            assert not re.search('(^| )[-–—]+( |$)', ' | '.join(' | '.join(line.values()) for line in lines))
+    lines, _ = beside('imagenet2012', full)
+    assert [line['net, parameters, batch, reference on'] for line in lines if line['log by seed']] == [
+        'R50x1, 25.56M, 2048, 8x RTX 3090', 'R50x1, 25.56M, 2048, 8x TPUv3']
+    assert lines[3]['IN'] == '0.765 / **0.7600**'  # IN is val
+    assert lines[3]['other test sets'] == 'IN-V2 0.641 / **IN-V2 0.6400**'
+
+
+def test_what_the_landing_page_says():
+    full = made(val_acc='0.92', tst_acc='0.93', hours='0.5', rows=((1000, 2.1549), (2000, 1.198)))
+    lines, _ = tables.make_lines(tables.read_reference(HERE / 'logs'), [full, made(depth='32', stopped=True)])
+    full, stopped = (line for line in lines if line[1])
+    says(tables.on_finished(*full), 'R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', '**0.9300**',
+         'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher')
+    says(tables.on_stopped([stopped]), 'rows begun: 1. Their training losses over the first 2000 to 2000')
+    assert tables.on_stopped([]) == ''
+    line, = cells(tables.runs_table([full]))
+    assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'
+    assert line['hours'] == '0.50' and not {'settings', 'weights'} & line.keys()
+
+
+def published(root):
+    return [root / line[2:] for line in tables.make(root)[0]['.gitignore']['weights'].splitlines()]
+
+
+def test_published_weights_pass_gitignore_and_no_others(repository):
+    def git(*words):
+        return subprocess.run(['git', *words], cwd=repository, capture_output=True, text=True).stdout
+    assert published(repository) == sorted(repository.rglob('*.pt'))  # what git tracks is what is listed
+    for path in repository.rglob('*.pt'):
+        path.unlink()
+    assert tables.check(repository, write=True) == []
+    git('init', '-q')
+    log = repository / re.search(r'\]\((logs/\S+\.log)\)', README)[1]  # of a finished run beside a row
+    weights, *others = paths = [*(log.with_suffix(f'.{kind}.pt') for kind in ('best', 'last', 'prev')),
+                                repository / RUN.with_suffix('.best.pt')]
+    for size, passes in ((5_000_000, True), (5_000_001, False)):
+        for path in paths:
+            path.write_bytes(bytes(size))
+        assert any('.gitignore disagrees' in problem for problem in tables.check(repository))
+        assert tables.check(repository, write=True) == []
+        assert (weights in published(repository)) == passes
+        assert git('check-ignore', *paths).split() == [*map(str, others if passes else paths)]
+        link = f']({weights.relative_to(repository).as_posix()})'
+        assert (link in (repository / 'README.md').read_text()) == passes
+
+
+def test_published_weights_give_the_figures_of_their_logs(whole, small, repository, capsys):
+    """Of those whose data set is at hand; the last ones are of a run made for the tests."""
+    for path in [*published(repository), whole.path('best')]:
+        log = tables.read_log(path.with_name(path.name.replace('.best.pt', '.log')))
+        config = torch.load(path, weights_only=True)['config']
+        for key in ('depth', 'width', 'seed', 'params', 'iters', 'dataset'):
+            assert str(config[key]) == log.header[key]
+        dataset = config['dataset'].removesuffix('-incomplete')
+        folder = small if dataset != config['dataset'] else HERE / 'datasets'
+        at_hand = (folder / dataset).exists()
+        main(f'{dataset.lower()}.py', '--depth', config['depth'], '--width', config['width'],
+             '--precision', config['precision'], '--device', 'cpu', '--eval', path,
+             *(['--data-dir', folder] if at_hand else ['--synthetic']))
+        printed = re.findall(r'^(\S+) +acc (\S+)', capsys.readouterr().out, re.M)
+        assert [name for name, _ in printed][:2] == ['val', 'tst']
+        for name, accuracy in printed if at_hand else []:
+            assert float(accuracy) == pytest.approx(float(log.evals[f'{name}_acc']), abs=1e-3)
+
+
+def test_curves(repository, monkeypatch):
+    if importlib.util.find_spec('matplotlib'):
+        before = {path.name for path in (repository / 'logs').glob('curves-*.png')}
+        for name in before:
+            (repository / 'logs' / name).unlink()
+        assert tables.plot(repository) == []
+        pictures = [*(repository / 'logs').glob('curves-*.png')]
+        assert {path.name for path in pictures} == before and 'curves-CIFAR10_x32.png' in before
+        assert all(path.stat().st_size < 150_000 and Image.open(path).size[0] > 900 for path in pictures)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)  # as if it were not installed
+    refused('python -m pip install matplotlib', tables.plot, repository)
+
+
+def test_table_prints_its_tables_or_its_help(capsys):
+    main('logs/table.py')
+    assert '### CIFAR10_x32' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='--plot'):
+        main('logs/table.py', '--draw')
+
+
+def test_a_run_learns_and_its_log_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SETS, 'CIFAR10_x32', data.SETS['CIFAR10_x32'] | dict(val=500, test=500))
+    trial = Trial(tmp_path, 'cifar10_x32.py', '--synthetic', '--iters', 40, '--batch', 64, '--lr', 0.1)
+    trial.main()
+    text, table, fields = trial.text, trial.rows, result(trial.text)
+    *_, dataset, name, seed, _ = trial.log.parts
+    assert dataset == 'CIFAR10_x32-synthetic' and seed == '42'
+    assert name.startswith('resnet_20x1-batch_64-iter_40-wd_0.0010')
+    assert [int(row[0]) for row in table] == list(range(4, 41, 4))
+    assert float(table[-1][2]) < 2.0 < float(table[0][2]) and float(table[-1][4]) > 0.3, text
+    assert fields['tst_acc'] == re.search(r'^tst +acc (\S+)', text, re.M)[1] > '0.3'
+    best = max(table, key=lambda row: float(row[4]))
+    assert fields['val_acc'] == best[4] and best[-1] == '*'
+    assert fields.keys() == set(
+        'dataset depth width seed params batch iters lr wd precision best_iter val_acc val_nll tst_acc '
+        'tst_nll iter_per_min img_per_s hours world device torch'.split())
+    for key in ('command', 'commit', 'precision', 'images', 'momentum'):
+        assert re.search(f'^{key} *: .', text, re.M), key
+    for source in ('cifar10_x32.py', 'resnet.py', 'data.py', 'logs/run.py'):
+        digest = hashlib.sha256((HERE / source).read_bytes()).hexdigest()
+        assert re.search(rf'^sha256 {Path(source).name} *: {digest}$', text, re.M), source
+    assert max(len(line) for line in text.splitlines() if line[:7].strip().isdigit()) <= 110
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='needs git')
+def test_the_commit_in_the_header_is_that_of_the_sources(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *words], check=True, cwd=tmp_path)
+    monkeypatch.setattr(runs, 'ROOT', tmp_path)
+    tracked, copy = tmp_path / 'tracked.py', tmp_path / 'copy.py'
+    tracked.touch(), copy.touch()
+    (tmp_path / '.gitignore').write_text('copy.py')  # such a file is clean in the eyes of git
+    assert runs.commit([tracked]) == 'unknown'
+    git('init', '-q'), git('add', 'tracked.py'), git('commit', '-qm', 'x')
+    name = runs.commit([tracked])
+    assert re.fullmatch('[0-9a-f]{7,}', name) and runs.commit([tracked, copy]) == f'{name}, changed since'
+    tracked.write_text('changed')
+    assert runs.commit([tracked]) == f'{name}, changed since'
+
+
+def test_eval_reproduces_the_result(trial, whole, capsys):
+    trial.main('--eval', whole.path('best'))
+    assert capsys.readouterr().out == re.search('^val .*\ntst .*\n', whole.output, re.M)[0]
+
+
+def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, monkeypatch, capsys):
+    from torchvision.models import resnet18
+    from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+    torch.manual_seed(0)
+    net = resnet18().eval()
+    torch.save(net.state_dict(), tmp_path / 'resnet18.pth')
+    usual = Compose([Resize(256), CenterCrop(224), ToTensor(),
+                     Normalize(*(data.IMAGENET_PIXELS[k] for k in ('mean', 'std')))])
+    files = sorted((imagenet / 'imagenet2012/val').rglob('*.JPEG'))
+    with torch.no_grad():
+        logits = net(torch.stack([usual(Image.open(file)) for file in files]))
+    labels = torch.tensor([WNIDS.index(file.parent.name) for file in files])
+    trial = Trial(tmp_path, 'imagenet2012.py', '--data-dir', imagenet, '--precision', 'fp32', '--batch', 8,
+                  '--device', 'cpu', '--workers', 0, '--eval', tmp_path / 'resnet18.pth')
+    once, sets = data.JpegEvalBatches.__iter__, []
+    monkeypatch.setattr(data.JpegEvalBatches, '__iter__', lambda x: sets.append(x) or once(x))
+    trial.main()
+    printed = capsys.readouterr().out
+    assert len(sets) == len(printed.splitlines()) == 3
+    accuracy, nll = re.search(r'^val +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
+    assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
+    assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
+    refused('does not fit --depth', trial.main, '--depth', 34)
+    (tmp_path / 'imagenet2012').mkdir()  # val alone is enough
+    (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
+    shutil.copy(imagenet / 'meta.mat', tmp_path)
+    trial.main('--data-dir', tmp_path)
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
+
+
+def test_weights_from_elsewhere_are_loaded(tmp_path):
+    theirs, ours, path = network(20, 1, 32).state_dict(), network(20, 1, 32), tmp_path / 'x.pth'
+    for prefix, key in itertools.product(('', 'module.', '_orig_mod.', 'module._orig_mod.'),
+                                         (None, 'state_dict', 'model', 'net')):
+        weights = {prefix + name: tensor for name, tensor in theirs.items()}
+        torch.save({key: weights, 'epoch': 3} if key else weights, path)
+        for tensor in ours.state_dict().values():
+            tensor.fill_(7)
+        runs.load_weights(ours, path, dict(depth=20))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), key
+    torch.save({'epoch': 3}, path)
+    refused('x.pth has no weights', runs.load_weights, ours, path, dict(depth=20))
+
+
+# ---- nets, recipes, speed ----
+
+REFERENCE = list(csv.DictReader((HERE / 'logs' / 'reference.csv').read_text().splitlines()))
+
+
+def network(depth, width, size, classes=10, mean=(0.5,) * 3, std=(0.25,) * 3):
+    return resnet.ResNet(depth, width, size, classes, mean, std)
+
+
+def test_parameter_counts_of_all_reference_rows():
+    for row in REFERENCE:
+        facts = data.SETS[row['dataset']]
+        with torch.device('meta'):
+            net = network(int(row['depth']), int(row['width']), facts['size'], facts['classes'])
+        assert resnet.parameters(net) == int(row['params']), row
+
+
+@pytest.mark.parametrize('name', [*(f'resnet{depth}' for depth in (18, 34, 50, 101, 152)), 'wide_resnet50_2'])
+@torch.no_grad()
+def test_torchvision_weights_both_ways(name):
+    from torchvision.models import get_model
+    depth, width = re.search(r'resnet(\d+)_?(\d*)', name).groups()
+    theirs = get_model(name)
+    ours = network(int(depth), int(width or 1), 224, 1000, **data.IMAGENET_PIXELS)
+    for tensor in theirs.state_dict().values():  # running statistics and biases too: none may be left out
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.uniform_(0.4, 0.6)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(data.IMAGENET_PIXELS[k]).view(3, 1, 1) for k in ('mean', 'std'))
+    expected = theirs.eval()((images / 255 - mean) / std)
+    assert (ours.eval()(images) - expected).abs().max() < 1e-5 * expected.abs().max()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_initial_values():
+    net = network(20, 2, 32)
+    assert not net.fc.weight.any() and not net.fc.bias.any()
+    for name, parameter in net.named_parameters():
+        if name.endswith('bn2.weight'):
+            assert not parameter.any(), name
+        elif parameter.ndim == 4 and parameter.numel() > 5000:
+            assert parameter.std().item() == pytest.approx((2 / parameter[0].numel()) ** 0.5, rel=0.05), name
+        elif name.endswith('weight') and 'bn' in name:
+            assert (parameter == 1).all(), name
+
+
+@pytest.mark.parametrize('size,side', [(32, 8), (64, 16), (224, 14)])
+def test_logits_are_float32_and_layer_shapes(size, side):
+    net, shapes = network(20, 1, size, 7), []
+    net.layer3.register_forward_hook(lambda module, _, output: shapes.append((output.shape, output.dtype)))
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = net(torch.zeros(2, 3, size, size, dtype=torch.uint8))
+    assert shapes == [((2, 64, side, side), torch.bfloat16)]
+    assert logits.dtype == torch.float32 and logits.shape == (2, 7)
+
+
+def test_the_table_of_networks_and_unknown_ones(capsys):
+    resnet.main()
+    table = capsys.readouterr().out
+    assert '272,474' in table and '25,557,032' in table and '4089.2' in table  # as torchvision documents
+    for shape in ((19, 1, 32), (20, 0, 32), (20, 1, 48)):
+        with pytest.raises(ValueError, match='choose from|1 or more'):
+            network(*shape)
+
+
+def script_parts(name):
+    """The docstring, the imports, the recipe and the tail of a script."""
+    text = (HERE / f'{name}.py').read_text()
+    return re.fullmatch('(""".*?"""\n)(.*?)(# ---- recipe: .*?)(# ==== identical .*)', text, re.S).groups()
+
+
+def test_scripts_are_short_and_differ_in_docstring_and_recipe_only():
+    _, *first = script_parts('cifar10_x32')
+    assert not re.search('cifar|imagenet', first[2], re.I) and 'if DATASET' not in first[2]
+    for name in SCRIPTS:
+        parts = script_parts(name)
+        assert sum(len(part.splitlines()) for part in parts) <= 260, name
+        for ours, theirs in ((first[0], parts[1]), (first[2], parts[3])):
+            diff = difflib.unified_diff(ours.splitlines(), theirs.splitlines(), 'cifar10_x32.py', name, n=0)
+            assert theirs == ours, '\n'.join([*diff][:10] + ['python test_smoke.py --sync repairs this'])
+        # the same constants in the same order
+        assert re.findall(r'^(\w+) = ', parts[2], re.M) == (
+            'DATASET DEPTH WIDTH SEED BATCH ITERS LR MOMENTUM WEIGHT_DECAY WARMUP EVAL_EVERY '
+            'PRECISION').split()
+    for function in re.split('^def ', first[2], flags=re.M):
+        assert len(re.sub('\n+', '\n', function).splitlines()) <= 135, function[:40]
+
+
+def test_recipes_give_every_reference_row(monkeypatch):
+    """With --batch alone, which rescales learning rate and updates."""
+    modules = {module.DATASET: module for module in map(importlib.import_module, SCRIPTS)}
+    for row, flags in [*((row, ()) for row in REFERENCE),
+                       (dict(REFERENCE[0], lr='0.3', iters='7'), ('--lr', '0.3', '--iters', '7'))]:
+        module = modules[row['dataset']]
+        monkeypatch.setattr(sys, 'argv', ['', '--batch', row['batch'], *flags])
+        args = module.parse_args()
+        assert args.lr == pytest.approx(float(row['lr'])) and args.iters == int(row['iters'])
+        assert args.wd == float(row['wd']) and args.seed == 42
+        assert module.MOMENTUM == 0.9 and module.EVAL_EVERY == 1000
+    assert {row['batch'] for row in REFERENCE} > {'256', '1024', '4096'}
+
+
+def test_learning_rate():
+    import cifar10_x32
+    rates = [cifar10_x32.lr_at(it, 48000, 0.1) for it in range(48000)]
+    assert rates[0] == 0
+    for end, mean in ((1000, '1.041e-02'), (5000, '9.332e-02'), (6000, '9.992e-02'), (24000, '6.047e-02'),
+                      (48000, '4.413e-05')):
+        assert f'{sum(rates[end - 1000:end]) / 1000:.3e}' == mean
+
+
+def test_a_copy_is_changed_in_one_place_each(trial, mine):
+    """Rows less often than every 5000 updates, AdamW, another first convolution, label smoothing: such a copy
+    trains, is stopped and resumed, and its weights are those of a copy that was not."""
+    sgd = re.search(r' {4}optimizer = .*?zeros_like\(p\)\n', (HERE / SHORT[0]).read_text(), re.S)[0]
+    assert len(sgd.splitlines()) == 4
+    script = mine(
+        ('EVAL_EVERY = 1000 ', 'EVAL_EVERY = 6000 '),
+        (sgd, '    optimizer = torch.optim.AdamW(net.parameters(), 0.0, weight_decay=args.wd)\n'),
+        ('    net = ResNet(**shape).to(device)\n', '    net = ResNet(**shape)\n'
+         '    net.conv1 = torch.nn.Conv2d(3, 16, 5, padding=2, bias=False)\n    net.to(device)\n'),
+        ('loss = F.cross_entropy(logits, labels)\n',
+         'loss = F.cross_entropy(logits, labels, label_smoothing=0.1)\n'))
+    copy = trial.but('--iters', 10, script=script)
+    copy.stop(4)
+    copy.main('--resume')
+    again = copy.but(logs=trial.logs.with_name('again'))
+    again.main()
+    copy.same_as(again)
+    assert copy.resumed == [5] and (0, 'exp_avg') in copy.weights
+    assert copy.weights['conv1.weight'].shape == (16, 3, 5, 5)
+    assert copy.log.parts[-4] == 'mine_for_test-incomplete'  # not the original's folder
+    assert re.search('^commit +: (unknown|.*, changed since)$', copy.text, re.M)
+    assert runs.speed([(0, 0.0, 0.0), (6000, 60.0, 10.0), (12000, 180.0, 20.0)]) == (50, 6000 / 110)
+
+
+def test_no_update_reads_a_value(trial, monkeypatch):
+    """Fake tensors hold no values: .item(), float() or `if` on a loss, which would wait for a GPU, raise."""
+    class Done(Exception):
+        pass
+
+    def check(ranks):  # before each update
+        update = next(updates)
+        if update == 1:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        elif update == 3:
+            raise Done
+
+    monkeypatch.setattr(runs.Ranks, 'check_signals', check)
+    updates = itertools.count()
+    with pytest.raises(Done), contextlib.ExitStack() as stack:
+        trial.main('--synthetic', '--batch', 16, '--accum', 2, '--iters', 60, '--precision', 'bf16')
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_no_update_waits_for_the_gpu(tmp_path, mine):
+    first, last = '            for group in optimizer.param_groups', '            it += 1\n'
+    strict = "            torch.cuda.set_sync_debug_mode('error' if it > 2 else 0)\n"
+    script = mine((first, strict + first), (last, last + '            torch.cuda.set_sync_debug_mode(0)\n'))
+    for flags in (['--precision', 'fp16'], ['--precision', 'fp32', '--no-compile'], ['--accum', 2]):
+        run(script, '--synthetic', '--iters', 20, *flags, '--log-dir', tmp_path)
+
+
+def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
+    def no_compiler():
+        raise RuntimeError('Failed to find C compiler')
+    for there, backend, able in ((False, str, False), (True, no_compiler, False), (True, str, True)):
+        monkeypatch.setattr('torch.utils._triton.has_triton', lambda there=there: there)
+        monkeypatch.setattr('torch.utils._triton.triton_backend', backend)
+        assert runs.can_compile() is able
+
+
+def test_nothing_happens_when_run_py_is_imported(capfd, monkeypatch):
+    def world():
+        return dict(os.environ), sys.stdout, os.listdir(), threading.active_count(), dist.is_initialized()
+    monkeypatch.setattr(signal, 'signal', None)
+    before, module = world(), runpy.run_path(str(HERE / 'logs' / 'run.py'))
+    assert {'Run', 'Ranks'} <= module.keys() and module['Ranks']().world == 1
+    assert world() == before and capfd.readouterr() == ('', '')
+
+
+def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
+    from logs import bench
+    monkeypatch.setattr(bench, 'CUDA', False)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert [bench.net(text) for text in ('18x1', '20x4:64', '50x1@224:16')] == [
+        (18, 1, 32, 256), (20, 4, 32, 64), (50, 1, 224, 16)]
+    main('logs/bench.py', '20x1:64', '--ours', '--turns', 1, '--updates', 2)
+    *_, head, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:2] == ['net', 'px'] and row[:4] == ['20x1', '32', '64', 'ours']
+    iter_per_min, img_per_s, wait, start, memory, limit = map(float, row[5:])
+    assert img_per_s == pytest.approx(iter_per_min * 64 / 60, abs=1) and 0 < limit < 150
+    assert 0 <= wait < 100 and 1 < start < 60 and 200 < memory < 20000
+    bench.usual(20, 1, 32, 64, 3)  # in rows like those of our logs
+    usual = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in usual] == ['1', '2', '3']
+    assert all(len(row) == 11 and float(row[7]) > 0 and 0 <= float(row[8]) <= 100 for row in usual)
+    with pytest.raises(SystemExit, match='2'):
+        main('logs/bench.py', '19x1')
+    assert '19x1 is no net like 20x1' in capsys.readouterr().err
+
+
+def test_bench_measures_the_loader(imagenet, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 1)
+    threads = torch.get_num_threads()
+    main('logs/bench.py', 'imagenet2012', '--turns', 1, '--data-dir', imagenet)
+    torch.set_num_threads(threads)
+    table = re.findall(r'^(decode|decode, crop, flip|loader, 1 processes) +(\d+) +(\d+) +([\d.]+)$',
+                       capsys.readouterr().out, re.M)
+    assert len(table) == 3 and all(float(a) / float(b) == pytest.approx(float(r), rel=0.05, abs=0.02)
+                                   for _, a, b, r in table)
+    with pytest.raises(SystemExit, match='2'):
+        main('logs/bench.py', 'imagenet2012', '--data-dir', imagenet / 'nowhere')
+    says(capsys.readouterr().err, 'needs train/ and val/')
+
+
 # ---- README.md ----
 
 README = (HERE / 'README.md').read_text()
 
 
-def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
+def test_readme_commands_run(imagenet, tmp_path, capsys):
     """Every command but the first two, which set the tests up; training is short, on generated images."""
-    monkeypatch.setenv(data.INCOMPLETE, '1')
-    short = f'--depth 20 --width 1 --synthetic --iters 2 --batch 16 --device cpu --log-dir {tmp_path}'
+    short = f'--depth 20 --width 1 --synthetic --iters 1 --batch 16 --device cpu --log-dir {tmp_path}'.split()
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
     blocks = [block for kind, block in re.findall(r'^```(\w*)\n(.*?)^```', README, re.M | re.S) if not kind]
     commands = [line for block in blocks[1:] for line in block.splitlines()]
@@ -2585,23 +2309,17 @@ def test_readme_commands_run(imagenet, tmp_path, monkeypatch, capsys):
     for command in inline:
         assert (HERE / command.split()[1]).exists(), command
     for command in commands + [command for command in inline if ' pack ' in command]:
-        torchrun = r'^(?:\w+=1 )?torchrun (--\S+ (?:[^-\s]\S* )?)*'
-        program, *words = re.sub(torchrun, 'python ', command).split()
-        if program in ('cp', 'diff'):
-            assert (HERE / words[0]).exists(), command
-            continue
-        assert program == 'python' and (HERE / words[0]).exists(), command
         assert 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in command or '--max-restarts' not in command
-        extra = ['--data-dir', str(tmp_path)] if words[0] == 'data.py' else short.split()
-        monkeypatch.setattr(sys, 'argv', [*words, *extra])
+        program, *words = re.sub(r'^(?:\w+=1 )?torchrun (--\S+ (?:[^-\s]\S* )?)*', 'python ', command).split()
+        assert program == 'python', command
         shutil.rmtree(tmp_path / 'imagenet2012-pack', ignore_errors=True)
-        importlib.import_module(words[0].removesuffix('.py')).main()
+        main(*words, *(['--data-dir', tmp_path] if words[0] == 'data.py' else short))
         assert 'RESULT' in capsys.readouterr().out or words[0] == 'data.py', command
 
 
-def test_readme_weights_in_five_lines(reference_run, tmp_path, monkeypatch):
+def test_readme_weights_in_five_lines(whole, tmp_path, monkeypatch):
     lines = re.search(r'^```python\n(import.*?)^```', README, re.M | re.S)[1]
-    (tmp_path / 'logs').symlink_to(reference_run[0])
+    (tmp_path / 'logs').symlink_to(whole.logs)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(lines, names)
@@ -2609,40 +2327,26 @@ def test_readme_weights_in_five_lines(reference_run, tmp_path, monkeypatch):
     assert torch.equal(names['net'].fc.bias, names['checkpoint']['net']['fc.bias'])
 
 
-def test_readme_is_a_landing_page():
+def test_readme_is_a_landing_page_and_names_tests_that_exist():
     assert len(README.splitlines()) <= 160
     assert re.search(r'\*\*0\.\d+\*\*', README[:README.index('```')])  # a figure of ours comes first
-
-
-def test_readme_names_tests_that_exist():
     named = set(re.findall(r'`(test_[a-z_]+)`', README))
-    assert len(named) > 15 and named <= {name for name in globals() if name.startswith('test_')}
+    assert len(named) > 15 and named <= globals().keys()
 
 
-def test_readme_copy_for_your_own_data(tmp_path, monkeypatch):
+def test_readme_copy_for_your_own_data(trial, tmp_path, monkeypatch, mine):
     recipe = re.search(r'^```python\n(DATASET.*?)^```', README, re.M | re.S)[1]
-    copy = HERE / 'flowers_for_test.py'
-    text = (HERE / 'cifar10_x32.py').read_text()
-    first = "DATASET = 'CIFAR10_x32'\n"
-    assert text.count(first) == 1 and len(recipe.splitlines()) <= 10
+    assert len(recipe.splitlines()) <= 10
     (tmp_path / 'Flowers').mkdir()
     for which, count in (('train', 2500), ('test', 600)):
         data.save_arrays(tmp_path / 'Flowers', which, *(array[:count] % 5 for array in arrays(2500)))
-    try:
-        copy.write_text(text.replace(first, recipe))
-        run(copy.name, '--iters', 4, '--batch', 16, '--data-dir', tmp_path, '--log-dir', tmp_path)
-        text = only(tmp_path, '*.log').read_text()
-        assert only(tmp_path, '*.log').parts[-4] == copy.stem and '2000 trn, 500 val, 600 tst' in text
-        assert result(text)['dataset'] == 'Flowers'
-    finally:
-        copy.unlink()
-    monkeypatch.setitem(data.SETS, 'Tulips', {})
-    with pytest.raises(data.UserError, match='Tulips needs train_images.npy'):
-        data.prepare('Tulips', tmp_path)
-    data.save_arrays(tmp_path / 'Flowers', 'test', *(array[:9] % 5 for array in arrays(9)))
-    monkeypatch.setitem(data.SETS, 'Flowers', dict(size=32, classes=5, train=2000, val=500, test=600))
-    with pytest.raises(data.UserError, match=r"holds 9 of 600 images. Correct it, or SETS\['Flowers'\]"):
-        data.read_arrays('Flowers', tmp_path / 'Flowers')
+    own = trial.but('--iters', 4, '--data-dir', tmp_path, script=mine(("DATASET = 'CIFAR10_x32'\n", recipe)))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, 'SETS', dict(data.SETS))
+        patch.delenv(data.INCOMPLETE)
+        own.main()
+    assert own.log.parts[-4] == 'mine_for_test' and '2000 trn, 500 val, 600 tst' in own.text
+    assert result(own.text)['dataset'] == 'Flowers'
 
 
 def sync():
@@ -2653,7 +2357,6 @@ def sync():
 
 
 if __name__ == '__main__':
-    os.environ.update(SMALL)
     match sys.argv[1:]:
         case ['--sync']:
             sync()
