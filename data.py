@@ -657,6 +657,9 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     """
     facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    if facts['size'] not in (32, 64, CROP):
+        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
+                        'yours, or fill them up with zeros on all sides.')
     if name == 'imagenet2012' and not synthetic:
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, say=rank == 0)
@@ -703,14 +706,18 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
                         f'imagenet2012, {ADD_KIT}.')
     if not trained_elsewhere and len(train) < batch:
         raise UserError(f'--batch {batch} is more than the {len(train)} training images.')
+    labels = np.concatenate([train.labels, parts['val'].labels]) if facts['test'] else np.empty(0)
+    stretches = 1 + np.count_nonzero(np.diff(labels))  # of equal labels
+    if 1 < len(np.unique(labels)) == stretches < len(labels) / 2 and not trained_elsewhere:
+        raise UserError(f'{name}: the training file is sorted by class, and val is its end: shuffle images '
+                        'and labels.')
     # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
     cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
-    unseen = np.setdiff1d(parts['val'].labels, train.labels)
-    if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
-        remedy = 'Take these out, or add training images.' if not facts['test'] else (
-            'val is the end of the training file: if that is sorted by class, shuffle images and labels.')
-        raise UserError(f'{name}: val has images of {len(unseen)} classes that no training image has, such '
-                        f'as class {unseen[-1]}. {remedy}')
+    for key in ('val',) if name in SOURCES else set(parts) - {'train'}:
+        unseen = np.setdiff1d(parts[key].labels, train.labels)
+        if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
+            raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
+                            f'such as class {unseen[-1]}. Shuffle the training file, or take these out.')
 
 
 # ---- opening: arrays ----
@@ -741,9 +748,6 @@ def read_arrays(name, folder, remedy=None):
     facts, parts = SETS[name], []
     remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
                         else f'Correct it, or SETS[{name!r}].')
-    if facts['size'] not in (32, 64, CROP):
-        raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
-                        'yours, or fill them up with zeros on all sides.')
     shape = facts['size'], facts['size'], 3
     for which, full in (('train', facts['train'] + (facts['val'] if facts['test'] else 0)),
                         ('test', facts['test'] or facts['val'])):
@@ -1296,6 +1300,7 @@ def jpeg_decoder():
 # ---- command line ----
 
 def report(data_dir):
+    require_folders(data_dir)
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
         state, found = SOURCES[name][2], sources(name, data_dir)
@@ -1359,8 +1364,10 @@ def main():
             raise UserError('Say nothing, NAME, preview NAME OUT.png, unpack imagenet2012, or pack '
                             'imagenet2012 with --as-is or a --short-side from 224; --help explains.')
     except (UserError, OSError) as error:
-        print(f'data.py: {error}', file=sys.stderr)
+        print('data.py:', *str(error).split(), file=sys.stderr)  # some of tarfile's have many lines
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

@@ -98,11 +98,12 @@ def ranks_of_environment():
                 raise UserError(f'{name}={count}: so many copies of this script were started, and each would '
                                 'train alone. Start one torchrun on each machine (README.md has an example).')
         return 0, 0, 1
-    try:
-        return [int(value) for value in said]
-    except (TypeError, ValueError) as error:
-        raise UserError('The environment has some of RANK, LOCAL_RANK and WORLD_SIZE, but not a number for '
-                        'each. Start several ranks with torchrun; for one, unset all three.') from error
+    with contextlib.suppress(TypeError, ValueError):
+        rank, local_rank, world = map(int, said)
+        if 0 <= local_rank <= rank < world and (world == 1 or os.environ.get('MASTER_ADDR')):
+            return rank, local_rank, world
+    raise UserError('The environment has some of RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR, but no values '
+                    'that fit together. Start several ranks with torchrun; for one, unset the first three.')
 
 
 def can_compile():
@@ -346,7 +347,7 @@ class Run:
         diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
         if diverged or scale < 1:  # below 1 the gradients overflow fp16 by themselves
             text = (f'the loss or its gradients were not finite in updates {start} to {end} (loss scale '
-                    f'{scale:g}): try a smaller --lr, or --precision bf16.'
+                    f'{scale:g}): try a smaller --lr or, instead of fp16, --precision bf16.'
                     + f' The checkpoint of update {start} is good.' * (start > 0))
             self.log(f'{text}\n')
             raise FloatingPointError(text)
@@ -414,7 +415,7 @@ def open_log(folder, resume):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = []
-        for path in sorted(folder.glob('*.log')) if resume else ():
+        for path in sorted(folder.glob('[0-9]*-[0-9]*.log')) if resume else ():
             text = path.read_text(encoding='utf-8', errors='replace')
             if '\nRESULT ' in text:
                 continue
@@ -520,16 +521,28 @@ def read_last_checkpoint(last, previous, config):
     return None, ''
 
 
+def weights_in(content):
+    """The state_dict in what a file holds, or {}: the first dict, at any depth, with a conv1.weight.
+
+    Without the prefix that DistributedDataParallel, torch.compile and others put before all names.
+    """
+    names = [name for name in content if f'.{name}'.endswith('.conv1.weight')]
+    if names:
+        prefix = min(names, key=len).removesuffix('conv1.weight')
+        return {name.removeprefix(prefix): content[name] for name in content if str(name).startswith(prefix)}
+    found = (weights_in(value) for value in content.values() if isinstance(value, dict))
+    return next(filter(None, found), {})
+
+
 def load_weights(net, path, shape):
     """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
     shape: the part of a config that says which net it is. Raises UserError if the weights do not fit.
     """
-    weights = read_checkpoint(path, shape)
-    for key in ('net', 'state_dict', 'model'):
-        weights = weights[key] if isinstance(weights.get(key), dict) else weights
-    try:  # without the prefixes that DistributedDataParallel and torch.compile add
-        net.load_state_dict({re.sub(r'^((module|_orig_mod)\.)+', '', key): t for key, t in weights.items()})
+    if not (weights := weights_in(read_checkpoint(path, shape))):
+        raise UserError(f'{path} has no weights of such a net: nothing in it is called conv1.weight.')
+    try:
+        net.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:  # the message lists keys and shapes
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error

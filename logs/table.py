@@ -421,6 +421,8 @@ def main():
             problems = check(ROOT, write=task == '--write')
         case ['--plot']:
             problems = plot(ROOT)
+        case ['-h' | '--help']:
+            return print(__doc__)
         case _:
             sys.exit(__doc__)
     if problems:
