@@ -554,7 +554,7 @@ def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     first, second = runs.open_log(tmp_path, resume=True), runs.open_log(tmp_path, resume=False)
     assert (first.name, second.name) == ('1-0.log', '2-0.log')
     second.write_text('done\nRESULT dataset=CIFAR10_x32')
-    refused(r'1-0.log is being written by another process', runs.open_log, tmp_path, resume=True)  # by us
+    refused('1-0.log is being written by another process', runs.open_log, tmp_path, resume=True)  # by us
 
     def loader():  # does not keep the lock
         files = [os.path.realpath(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd')]
@@ -562,6 +562,12 @@ def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     process = multiprocessing.get_context('fork').Process(target=loader)
     process.start(), process.join()
     assert process.exitcode == 0
+
+
+def test_other_logs_in_a_run_folder_stay_as_they_are(tmp_path):
+    write_tree(tmp_path, {'notes.log': 'mine'})
+    assert runs.open_log(tmp_path, resume=True).name != 'notes.log'
+    assert (tmp_path / 'notes.log').read_text() == 'mine'
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time(trial):
@@ -938,6 +944,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(killed, whole, monke
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_disk_that_does_not_answer_destroys_no_checkpoint(tmp_path, monkeypatch):
+    last, previous = tmp_path / 'a.last.pt', tmp_path / 'a.prev.pt'
+    for number, path in enumerate((previous, last)):
+        runs.write_checkpoint(path, config={}, net={}, run=number)
+    for error, raised in ((OSError(5, 'Input/output error'), data.UserError), (MemoryError(), MemoryError)):
+        with monkeypatch.context() as patch, pytest.raises(raised):
+            patch.setattr(torch, 'load', lambda *args, error=error, **options: (_ for _ in ()).throw(error))
+            runs.read_last_checkpoint(last, previous, {})
+        assert previous.exists() and runs.read_last_checkpoint(last, previous, {})[0]['run'] == 1
+
+
 def test_no_good_checkpoint_is_an_error(killed):
     for kind in ('last', 'prev', 'best'):
         flip_a_bit(killed.path(kind))
@@ -1072,7 +1089,7 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch, capsys):
             (['--workers', -1], {}, '--workers at 0'), (['--iters', 0], {}, 'start at 1'),
             (['--seed', 2 ** 64], {}, '--seed goes from 0 to 2.64 - 1'),
             (['--batch', 10, '--accum', 3], {}, '--batch 10 is not divisible .* 3 passes'),
-            ([], dict(WORLD_SIZE=2), 'RANK, LOCAL_RANK, WORLD_SIZE .* torchrun'),
+            ([], dict(WORLD_SIZE=2), 'RANK, LOCAL_RANK, WORLD_SIZE.* torchrun'),
             ([], dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE='two'), 'that fit together.* torchrun'),
             ([], dict(SLURM_STEP_NUM_TASKS=8), 'SLURM_STEP_NUM_TASKS=8.* train alone.* torchrun'),
             (['--compile', '--accum', 2], dict(TORCHINDUCTOR_CUDAGRAPHS=1), 'CUDA graphs .*unset'),
@@ -1104,6 +1121,8 @@ UNKNOWN = TINY_ZIP.replace(b'PK\1\2\x14\3\x14', b'PK\1\2\x14\3\xff', 1)  # the v
     ('CIFAR10_x32', {}, '(?=.*cifar-10-python.tar.gz).*--synthetic'),
     ('CIFAR10_x32', {'cifar-10-batches-py/data_batch_3': 'half of a file'},  # as after a broken copy
      '(?=.*cifar-10-python.tar.gz)(?=.*data_batch_3 is damaged).*--synthetic'),
+    ('CIFAR10_x32', below('cifar-10-batches-py', {'data_batch_1': '', 'png/x': ''}),  # a folder made in it
+     'data_batch_1 is damaged'),
     ('CIFAR10_x32', {'cifar-10-python.tar.gz': 'half'}, 'cifar-10-python.tar.gz is damaged .its MD5 differs'),
     ('ImageNet1k_x32', {}, 'train_data_batch_1, .* not found in .* --synthetic'),
     ('ImageNet1k_x32', {f'Imagenet32_train/train_data_batch_{i}': '' for i in range(1, 10)},
@@ -1160,16 +1179,41 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     refused('Own needs train_images.npy', data.prepare, 'Own', tmp_path)
     (tmp_path / 'Own').mkdir()
     images, labels = arrays(100)[0], torch.arange(100) // 20
-    data.save_arrays(tmp_path / 'Own', 'test', images[:10], labels[:10])
-    data.save_arrays(tmp_path / 'Own', 'train', images, labels)
-    refused('Own: .* sorted by class, .* shuffle', load, tmp_path, name='Own')
-    load(tmp_path, name='Own', trained_elsewhere=True)
-    data.save_arrays(tmp_path / 'Own', 'train', images, labels[torch.randperm(100)])
-    assert len(load(tmp_path, name='Own')[1]['val']) == 20
+
+    def opened(train, test=labels[:10], **options):
+        data.save_arrays(tmp_path / 'Own', 'train', images, train)
+        data.save_arrays(tmp_path / 'Own', 'test', images[:10], test)
+        return load(tmp_path, name='Own', **options)
+    refused('Own: .* sorted by class, .* shuffle', opened, labels)
+    opened(labels, trained_elsewhere=True)
+    opened(labels * 0, labels[:10] * 0)  # a single class is no order
+    assert len(opened(labels[torch.randperm(100)])[1]['val']) == 20
+    refused('Own: val .* such as class 4', opened, torch.cat([torch.arange(90) % 4, labels[90:]]))
+    refused('Own: tst .* such as class 4', opened, torch.arange(100) % 4, labels[90:])
+    monkeypatch.setitem(data.SETS, 'Own', own | dict(train=90, val=10))
+    refused('sorted by class', opened, 4 - labels)  # the boundary lies within a class
     monkeypatch.setitem(data.SETS, 'Own', own | dict(size=28))
-    refused('Own has images of 28 px, but the networks take 32 or 64', load, tmp_path, name='Own')
+    for synthetic in (False, True):
+        refused('images of 28 px, but the networks take 32 or 64', opened, labels, synthetic=synthetic)
     monkeypatch.setitem(data.SETS, 'Own', own | dict(test=60))
-    refused(r"holds 10 of 60 images. Correct it, or SETS\['Own'\]", load, tmp_path, name='Own', whole=True)
+    refused(r"holds 10 of 60 images. Correct it, or SETS\['Own'\]", opened, labels, whole=True)
+
+
+@pytest.mark.parametrize('said', [(0, 0, 0), (-1, 0, 1), (5, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, 'x')])
+def test_ranks_that_do_not_fit_are_refused(monkeypatch, said):
+    for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), said, strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    refused('unset the first three', runs.ranks_of_environment)
+
+
+def test_ranks_that_find_other_images_are_refused(monkeypatch):
+    """Each machine may have a disk of its own; here rank 0 says what it has found."""
+    run = runs.Run.__new__(runs.Run)
+    run.ranks, run.clocks = runs.Ranks(rank=1, world=1), dict(seconds=0)
+    monkeypatch.setattr(run.ranks, 'from_rank_0', lambda sizes: sizes.replace('9', '8'))
+    refused('rank 1 finds 5 trn, 9 val images, rank 0 5 trn, 8 val',
+            run.begin, 0, '', range(5), {'val': range(9)}, '')
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trial):
@@ -1486,6 +1530,16 @@ def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
 
 
+def test_data_py_gives_one_line_for_any_error(tmp_path, monkeypatch, capsys):
+    write_tree(tmp_path, {data.ARCHIVES[1]: 'no archive'})
+    monkeypatch.setattr(data, 'report', lambda folder: signal.raise_signal(signal.SIGINT))
+    for words, code, message in (((), 130, ''), (('unpack', 'imagenet2012'), 2, 'is damaged')):
+        with pytest.raises(SystemExit, match=f'^{code}$'):
+            main('data.py', *words, '--data-dir', tmp_path)
+        error = capsys.readouterr().err
+        assert error.count('\n') == (code == 2) and message in error
+
+
 # ---- nothing in a file is run ----
 
 def test_pickles_run_nothing(tmp_path, monkeypatch):
@@ -1508,106 +1562,6 @@ def test_checkpoints_run_nothing(tmp_path, monkeypatch):
     torch.save({'config': {}, 'net': {'weight': Evil()}}, 'a.pt')
     refused('a.pt cannot be read as a checkpoint .*holds objects', runs.read_checkpoint, Path('a.pt'), {})
     assert not Path('evil').exists()
-
-
-# ---- runs: what other machines and programs bring along ----
-
-def test_ranks_that_find_other_images_are_refused(tmp_path, monkeypatch):
-    """Each machine may have a disk of its own; here rank 0 says what it has found."""
-    run = runs.Run.__new__(runs.Run)
-    run.ranks, run.clocks = runs.Ranks(rank=1, world=1), dict(seconds=0)
-    monkeypatch.setattr(run.ranks, 'from_rank_0', lambda sizes: sizes.replace('9', '8'))
-    with pytest.raises(data.UserError, match='rank 1 finds 5 trn, 9 val images, rank 0 5 trn, 8 val'):
-        run.begin(0, '', range(5), {'val': range(9)}, '')
-
-
-def test_a_disk_that_does_not_answer_destroys_no_checkpoint(tmp_path, monkeypatch):
-    last, previous = tmp_path / 'a.last.pt', tmp_path / 'a.prev.pt'
-    for number, path in enumerate((previous, last)):
-        runs.write_checkpoint(path, config={}, net={}, run=number)
-    for error, raised in ((OSError(5, 'Input/output error'), data.UserError), (MemoryError(), MemoryError)):
-        with monkeypatch.context() as patch, pytest.raises(raised):
-            patch.setattr(torch, 'load', lambda *args, error=error, **options: (_ for _ in ()).throw(error))
-            runs.read_last_checkpoint(last, previous, {})
-        assert previous.exists() and runs.read_last_checkpoint(last, previous, {})[0]['run'] == 1
-
-
-def test_other_logs_in_a_run_folder_stay_as_they_are(tmp_path):
-    (tmp_path / 'notes.log').write_text('mine')
-    assert runs.open_log(tmp_path, resume=True).name != 'notes.log'
-    assert (tmp_path / 'notes.log').read_text() == 'mine'
-
-
-@pytest.mark.parametrize('said', [(0, 0, 0), (-1, 0, 1), (5, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, 'x')])
-def test_ranks_that_do_not_fit_are_refused(monkeypatch, said):
-    for name, value in zip(('RANK', 'LOCAL_RANK', 'WORLD_SIZE'), said, strict=True):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv('MASTER_ADDR', raising=False)
-    with pytest.raises(data.UserError, match='unset the first three'):
-        runs.ranks_of_environment()
-
-
-@pytest.mark.parametrize('wrap', [
-    lambda w: {'model_state_dict': w, 'epoch': 3}, lambda w: {'model': {'net': w}, 'config': 'resnet20'},
-    lambda w: {'state_dict': {f'model.{k}': t for k, t in w.items()}, 'config': {'lr': 0.1}},  # Lightning
-    lambda w: {'n_averaged': torch.tensor(3), **{f'module._orig_mod.{k}': t for k, t in w.items()}}])
-def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn, wrap):
-    shape = dict(depth=20, width=1, image_size=32, num_classes=10, mean=(0.5,) * 3, std=(0.5,) * 3)
-    net, other = resnet.ResNet(**shape), resnet.ResNet(**shape)
-    torch.save(wrap(other.state_dict()), tmp_path / 'a.pt')
-    runs.load_weights(net, tmp_path / 'a.pt', shape)
-    assert torch.equal(net.conv1.weight, other.conv1.weight) and not recwarn
-    for content in ({}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
-        torch.save(content, tmp_path / 'a.pt')
-        with pytest.raises(data.UserError, match='nothing in it is called conv1.weight'):
-            runs.load_weights(net, tmp_path / 'a.pt', shape)
-
-
-def test_own_arrays_whose_classes_do_not_fit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SETS, 'Own', dict(size=32, classes=5, train=90, val=10, test=10))
-    (tmp_path / 'Own').mkdir()
-    images, labels = arrays(100)[0], torch.arange(100) // 20
-
-    def load(train, test, **options):
-        data.save_arrays(tmp_path / 'Own', 'train', images, train)
-        data.save_arrays(tmp_path / 'Own', 'test', images[:10], test)
-        return data.load('Own', tmp_path, 8, 8, 0, 'cpu', **options)
-    with pytest.raises(data.UserError, match='sorted by class'):  # the boundary lies within a class
-        load(4 - labels, labels[:10])
-    with pytest.raises(data.UserError, match='Own: val .* such as class 4'):
-        load(torch.cat([torch.arange(90) % 4, labels[90:]]), labels[:10])
-    with pytest.raises(data.UserError, match='Own: tst .* such as class 4'):
-        load(torch.arange(100) % 4, labels[90:])
-    load(labels * 0, labels[:10] * 0)  # a single class is no order
-    monkeypatch.setitem(data.SETS['Own'], 'size', 28)
-    with pytest.raises(data.UserError, match='28 px'):
-        load(labels, labels[:10], synthetic=True)
-
-
-def test_files_beside_a_folder_are_found(tmp_path, monkeypatch):
-    """A complete CIFAR folder that somebody has made a folder in."""
-    folder = tmp_path / 'cifar-10-batches-py'
-    (folder / 'png').mkdir(parents=True)
-    (folder / 'data_batch_1').touch()
-    for name in ('https_proxy', 'http_proxy'):  # no network
-        monkeypatch.setenv(name, 'http://127.0.0.1:9')
-    with pytest.raises(data.UserError, match='data_batch_1 is damaged'):
-        data.prepare('CIFAR10_x32', tmp_path)
-
-
-def test_data_py_gives_one_line_for_any_error(tmp_path, monkeypatch, capsys):
-    def ends(code, *words):
-        monkeypatch.setattr(sys, 'argv', ['data.py', *words, '--data-dir', str(tmp_path)])
-        with pytest.raises(SystemExit, match=f'^{code}$'):
-            data.main()
-        error = capsys.readouterr().err
-        assert error.count('\n') == (code == 2), error
-        return error
-    with monkeypatch.context() as patch:
-        patch.setattr(data, 'report', lambda folder: signal.raise_signal(signal.SIGINT))
-        ends(130)
-    (tmp_path / data.ARCHIVES[1]).write_bytes(b'no archive')
-    assert 'is damaged' in ends(2, 'unpack', 'imagenet2012')
 
 
 # ---- damaged files ----
@@ -2072,7 +2026,21 @@ def test_weights_from_elsewhere_are_loaded(tmp_path):
         runs.load_weights(ours, path, dict(depth=20))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), key
     torch.save({'epoch': 3}, path)
-    refused('x.pth has no weights', runs.load_weights, ours, path, dict(depth=20))
+    refused('x.pth .*conv1.weight', runs.load_weights, ours, path, dict(depth=20))
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda w: {'model_state_dict': w, 'epoch': 3}, lambda w: {'model': {'net': w}, 'config': 'resnet20'},
+    lambda w: {'state_dict': {f'model.{k}': t for k, t in w.items()}, 'config': {'lr': 0.1}},  # Lightning
+    lambda w: {'n_averaged': torch.tensor(3), **{f'module._orig_mod.{k}': t for k, t in w.items()}}])
+def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn, wrap):
+    net, other, path = network(20, 1, 32), network(20, 1, 32), tmp_path / 'a.pt'
+    torch.save(wrap(other.state_dict()), path)
+    runs.load_weights(net, path, dict(depth=20))
+    assert torch.equal(net.conv1.weight, other.conv1.weight) and not recwarn
+    for content in ({}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
+        torch.save(content, path)
+        refused('nothing in it is called conv1.weight', runs.load_weights, net, path, dict(depth=20))
 
 
 # ---- nets, recipes, speed ----
