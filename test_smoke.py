@@ -2296,7 +2296,8 @@ def test_readme_weights_in_five_lines(whole, tmp_path, monkeypatch):
 
 
 def test_readme_is_a_landing_page_and_names_tests_that_exist():
-    assert len(README.splitlines()) <= 160
+    prose = re.sub(r'<!-- results.*?end of results -->', '', README, flags=re.S)  # runs may be added
+    assert len(prose.splitlines()) <= 160
     assert re.search(r'\*\*0\.\d+\*\*', README[:README.index('```')])  # a figure of ours comes first
     named = set(re.findall(r'`(test_[a-z_]+)`', README))
     assert len(named) > 15 and named <= globals().keys()
