@@ -424,6 +424,8 @@ def open_log(folder, resume):
                 say(f'{path} has no checkpoint beside it: it stays as it is.\n')
                 continue
             unfinished.append(path)
+        if resume and not unfinished:
+            say(f'{folder} has no run to resume: a new one begins.\n')
         file = open(unfinished[-1], 'a') if unfinished else None
         while file is None:
             try:
