@@ -58,7 +58,8 @@ def parse_args():
     add('--precision', choices=['fp16', 'bf16', 'fp32'],
         help=f'default: {PRECISION} on CUDA, bf16 on a CPU with AVX512-BF16 or AMX, else fp32')
     add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA)')
-    add('--accum', type=int, default=1, help='passes that make up a batch, to save memory (default: 1)')
+    add('--accum', type=int, default=1,
+        help='passes that make up a batch, to save memory; batch norm sees one (default: 1)')
     add('--device', choices=['cuda', 'mps', 'cpu'], help='default: the first of these that there is')
     add('--workers', type=int, help='loader processes per rank, where images are files (default: by cores)')
     add('--data-dir', type=Path, default='datasets', help='data sets (default: %(default)s)')
@@ -163,7 +164,7 @@ def main():
                           iters=args.iters, lr=args.lr, wd=args.wd, precision=args.precision,
                           momentum=MOMENTUM, warmup=WARMUP)
     run = Run(__file__, args, config, ranks)
-    if state := run.last_checkpoint():
+    if state := run.begin(COLUMNS, trn, evals, about):  # its last checkpoint
         net.load_state_dict(state['net'])
         groups = optimizer.state_dict()['param_groups']  # as set above: the run may change its device
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
@@ -172,7 +173,6 @@ def main():
         it, row_it, best_it, best_acc, best_nll = state['progress']
         best_net = state['best_net']
         run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint
-    run.begin(it, COLUMNS, trn, evals, about)
 
     def save():
         run.save(net=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),

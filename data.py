@@ -664,12 +664,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, say=rank == 0)
         check_parts(name, data_dir, parts, len(wnids), trained_elsewhere, batch)
+        about = f'{about}, {label_checksum(parts)}, decoded by {jpeg_decoder()[0]}'
         shared = device, default_workers() if workers is None else workers, rank, world
         trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
         few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
         evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
                  for key, images in parts.items()}
-        return trn, evals, f'{about}, decoded by {jpeg_decoder()[0]}'
+        return trn, evals, about
 
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
@@ -682,6 +683,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     if not synthetic:
         known = name in SOURCES and len(class_names(data_dir / name)) or facts['classes']
         check_parts(name, data_dir, parts, known, trained_elsewhere, batch)
+    about = f'{about}, {label_checksum(parts)}'
     size = sum(t.nbytes for arrays in parts.values() for t in arrays)
     fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
     if fits and device.type != 'cpu':  # or else they stay in mapped files
@@ -718,6 +720,12 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
         if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
             raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
                             f'such as class {unseen[-1]}. Shuffle the training file, or take these out.')
+
+
+def label_checksum(parts):
+    """Of all labels, in their order: machines that train together must have the same."""
+    labels = b''.join(np.asarray(images.labels).tobytes() for images in parts.values())
+    return f'CRC-32 of the labels {zlib.crc32(labels):08x}'
 
 
 # ---- opening: arrays ----
@@ -1215,6 +1223,9 @@ class JpegEvalBatches(JpegBatches):
         super().__init__(images, batch, device, workers, rank, world)
         counts = np.bincount(images.labels, minlength=SETS['imagenet2012']['classes'])
         self.absent = torch.from_numpy(counts == 0).to(self.device) if restrict else None
+
+    def __getstate__(self):  # what loader processes get: nothing on the device
+        return self.__dict__ | dict(absent=None)
 
     def crops(self, number, first, count):
         start = self.rank + (number * self.batch + first) * self.world

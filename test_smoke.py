@@ -1194,7 +1194,8 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     refused('Own: .* sorted by class, .* shuffle', opened, labels)
     opened(labels, trained_elsewhere=True)
     opened(labels * 0, labels[:10] * 0)  # a single class is no order
-    assert len(opened(labels[torch.randperm(100)])[1]['val']) == 20
+    shuffled = [opened(labels[np.random.default_rng(seed).permutation(100)]) for seed in range(2)]
+    assert len(shuffled[0][1]['val']) == 20 and shuffled[0][2] != shuffled[1][2]  # their checksums
     refused('Own: val .* such as class 4', opened, torch.cat([torch.arange(90) % 4, labels[90:]]))
     refused('Own: tst .* such as class 4', opened, torch.arange(100) % 4, labels[90:])
     monkeypatch.setitem(data.SETS, 'Own', own | dict(train=90, val=10))
@@ -1217,10 +1218,11 @@ def test_ranks_that_do_not_fit_are_refused(monkeypatch, said):
 def test_ranks_that_find_other_images_are_refused(monkeypatch):
     """Each machine may have a disk of its own; here rank 0 says what it has found."""
     run = runs.Run.__new__(runs.Run)
-    run.ranks, run.clocks = runs.Ranks(rank=1, world=1), dict(seconds=0)
-    monkeypatch.setattr(run.ranks, 'from_rank_0', lambda sizes: sizes.replace('9', '8'))
-    refused('rank 1 finds 5 trn, 9 val images, rank 0 5 trn, 8 val',
-            run.begin, 0, '', range(5), {'val': range(9)}, '')
+    run.ranks = runs.Ranks(rank=1, world=1)
+    for theirs in ('8 val from x', '9 val from y'):
+        monkeypatch.setattr(run.ranks, 'from_rank_0', lambda ours, x=theirs: ours.replace('9 val from x', x))
+        refused(f'rank 1 has images 5 trn, 9 val from x; rank 0 has 5 trn, {theirs}: give',
+                run.begin, '', range(5), {'val': range(9)}, 'x')
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trial):
@@ -1477,8 +1479,10 @@ def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, capsys):
     left_out = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in left_out] == ['IN-V2', 'IN-R', 'IN-A']
     assert evals['IN-Sketch'].absent is None
-    absent = load(imagenet, device='meta')[1]['IN-R'].absent
+    restricted = load(imagenet, device='meta')[1]['IN-R']
+    absent = restricted.absent
     assert absent.device.type == 'meta' and absent.dtype == torch.bool  # where the logits are
+    assert pickle.loads(pickle.dumps(restricted)).absent is None  # loader processes keep off the device
 
 
 def test_the_list_of_files_follows_the_folders_and_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -1708,7 +1712,7 @@ def test_a_log_that_contradicts_itself_is_found(repository):
         (' device="AMD EPYC', ' device="AMD', 'device=AMD, 2 threads, '),
         (row_1000, '', 'every 100 updates, each once, up to 1000'),
         (' hours=0.097', '', 'hours=nan, '), (' hours=0.097', ' hours=x', 'could not convert'),
-        (' seed=1', ' seed=1 seed=1', 'a key twice'), (' threads" torch', ' thr', '(No closing quotation)'),
+        (' seed=1', ' seed=1 seed=1', 'each key once'), (' threads" torch', ' thr', 'each key once'),
         ('RESULT', 'RESULT x\nRESULT', 'the RESULT line cannot be read'),
         ('2.15.0+cu132\n', '2.15.0+cu132\nresumed at update 1000 on 1 x GPU\n', 'is not the last one')]
     of_all = [
@@ -1740,7 +1744,8 @@ def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(whole, reposito
     text = path.read_text()
     for old, new in (('1 x AMD EPYC, 2 threads', '2 x GPU'), (' 0:05:48', ' 1 day, 0:05:48'),
                      ('hours=0.097', 'hours=24.097'),
-                     ('   1000 ', 'resumed at update 900 on 1 x AMD EPYC, 2 threads\n   1000 ')):
+                     ('   1000 ', 'resumed at update 900 on 1 x AMD EPYC, 2 threads; torch 2, '
+                                  'commit 1; from the previous checkpoint: x.last.pt was missing\n   1000 ')):
         assert old in text
         text = text.replace(old, new, 1)
     path.write_text(text)
@@ -2184,7 +2189,8 @@ def test_a_copy_is_changed_in_one_place_each(trial, mine):
     assert copy.weights['conv1.weight'].shape == (16, 3, 5, 5)
     assert copy.log.parts[-4] == 'mine_for_test-incomplete'  # not the original's folder
     assert re.search('^commit +: (unknown|.*, changed since)$', copy.text, re.M)
-    assert runs.speed([(0, 0.0, 0.0), (6000, 60.0, 10.0), (12000, 180.0, 20.0)]) == (50, 6000 / 110)
+    assert runs.speed([(0, 0.0, 0.0, 0.0), (6000, 60.0, 10.0, 0.0), (12000, 180.0, 20.0, 11.0)]) == (
+        50, 6000 / 110, 0.1)
 
 
 def test_no_update_reads_a_value(trial, monkeypatch):
@@ -2278,7 +2284,7 @@ def test_readme_commands_run(imagenet, tmp_path, capsys):
     (tmp_path / 'imagenet2012').symlink_to(imagenet / 'imagenet2012')
     blocks = [block for kind, block in re.findall(r'^```(\w*)\n(.*?)^```', README, re.M | re.S) if not kind]
     commands = [line for block in blocks[1:] for line in block.splitlines()]
-    commands += re.findall(r'srun \.venv/bin/(.*)"', README)
+    commands += re.findall(r'srun .*?\.venv/bin/(.*)"', README)
     inline = [' '.join(command.split()) for command in re.findall(r'`((?:python|cp|diff) [^`]+)`', README)]
     assert len(commands) > 3 and len(inline) > 3 and len(blocks[0].splitlines()) == 2
     for command in inline:

@@ -83,7 +83,7 @@ def set_up(args, precision):
         cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
         name = re.search(r'model name\s*: (.*)|$', cpuinfo)[1] or platform.machine()
         device, name = torch.device(args.device), f'{name}, {torch.get_num_threads()} threads'
-    if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (world > 1 or args.accum > 1):
+    if args.compile and cuda_graphs() and (world > 1 or args.accum > 1):
         raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
                         'unset the variable.')
     return Ranks(rank, local_rank, world, device, name)
@@ -113,6 +113,10 @@ def can_compile():
         return has_triton() and triton_backend() is not None
     except Exception:  # of many kinds, down to those of the C compiler
         return False
+
+
+def cuda_graphs():
+    return os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1'  # what torch.compile looks at
 
 
 class Ranks:
@@ -161,10 +165,16 @@ class Ranks:
 
     def catch_signals(self):
         """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals; a second one ends us at once."""
-        handler = functools.partial(remember_signal, self.received)  # outlives the group, so it has no self
+        received = self.received  # the handler outlives the process group, so it has no self
+
+        def remember(number, frame):
+            # torchrun repeats at once what a terminal has sent to all processes
+            if received and time.monotonic() - received[1] > 1:
+                os._exit(128 + number)
+            received[:] = received or (number, time.monotonic())
         for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
             if hasattr(signal, name):  # Windows lacks the last
-                signal.signal(getattr(signal, name), handler)
+                signal.signal(getattr(signal, name), remember)
 
     def check_signals(self):
         """Raises Stopped, in the same call on all ranks: with several one call late, so that none waits."""
@@ -178,13 +188,6 @@ class Ranks:
             work.wait()
         if number:
             raise Stopped(signal.Signals(number.item()))
-
-
-def remember_signal(received, number, frame):
-    # torchrun repeats at once what a terminal has sent to all processes
-    if received and time.monotonic() - received[1] > 1:
-        os._exit(128 + number)
-    received[:] = received or (number, time.monotonic())
 
 
 class Stopped(Exception):
@@ -230,9 +233,9 @@ class Run:
 
     def __init__(self, script, args, config, ranks):
         self.script, self.args, self.config, self.ranks = Path(script).resolve(), args, config, ranks
-        self.clocks = dict(seconds=0.0, not_training=0.0, waited=0.0)  # `waited` since the last row
-        self.rows = [(0, 0.0, 0.0)]  # of each row: update, seconds, not_training
-        self.log_path, self.log_size, self.resumed, self.started, self.shown = None, 0, '', clock(), 0.0
+        self.clocks = dict(seconds=0.0, not_training=0.0, waited=0.0)
+        self.rows = [(0, *self.clocks.values())]  # of each row: update, clocks
+        self.log_path, self.started, self.shown = None, clock(), 0.0
         self.live = ranks.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
         dataset = config['dataset']
         own, kind = re.fullmatch('(.*?)(-synthetic|-incomplete|)', dataset).groups()
@@ -241,36 +244,39 @@ class Run:
             folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
             self.log_path = open_log(folder, args.resume)
 
-    def last_checkpoint(self):
-        """What save() was given last, on the CPU; None for a new run. Raises UserError if no file is good."""
-        found = None
+    def begin(self, columns, trn, evals, about):
+        """Starts the clocks, and the log: with its header, or with a line that the run goes on.
+
+        Args:
+            columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
+        Returns:
+            What save() was given last, on the CPU; None for a new run.
+        Raises:
+            UserError: no checkpoint is good, though there is one; or ranks have other images than rank 0.
+        """
+        sizes = ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
+        images = f'{sizes} from {about}'
+        if (first := self.ranks.from_rank_0(images)) != images:  # machines may have disks of their own
+            raise UserError(f'rank {self.ranks.rank} has images {images}; rank 0 has {first}: give all '
+                            'machines the same data and packages.')
+        found, size = None, 0
         if self.log_path:
             found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
         state, note = self.ranks.from_rank_0(found)
         if state:
-            self.resumed = f'resumed at update {{}} on {{}}{note}\n'
-            self.clocks, self.rows, self.log_size = state['run']
-        return state
-
-    def begin(self, it, columns, trn, evals, about):
-        """Starts the clocks, and the log: its header, or a line that the run goes on at update `it`.
-
-        columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
-        """
+            self.clocks, self.rows, size = state['run']
         self.started = clock() - self.clocks['seconds']
-        sizes = ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
-        if (first := self.ranks.from_rank_0(sizes)) != sizes:  # machines may have disks of their own
-            raise UserError(f'rank {self.ranks.rank} finds {sizes} images, rank 0 {first}: give all machines '
-                            'the same data.')
-        devices = f'{self.ranks.world} x {self.ranks.device_name}'
-        if self.log_path:
-            size = min(self.log_size, self.log_path.stat().st_size)
-            os.truncate(self.log_path, size)  # later rows will be written again
-        if self.resumed:
-            return self.log(self.resumed.format(it, devices))
+        if self.log_path:  # later rows will be written again
+            os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
         args, ranks = self.args, self.ranks
         per_pass = args.batch // ranks.world // args.accum
+        devices = f'{ranks.world} x {ranks.device_name}'
         sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
+        if state:
+            self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
+                     f'commit {commit(sources)}{note}\n')
+            return state
+        tf32 = args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
         lines = {
             'command': f'{self.script.name} {shlex.join(sys.argv[1:])}',
             'started': time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -279,8 +285,8 @@ class Run:
             'commit': commit(sources),
             **{f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources},
             **self.config,
-            **({'fp32 products': 'TF32'} if args.device == 'cuda' else {}),
-            'compile': args.compile,
+            **({'fp32 products': 'TF32'} if tf32 else {}),
+            'compile': f'{args.compile}{", CUDA graphs" if args.compile and cuda_graphs() else ""}',
             'images': sizes,
             'images from': about,
             'ranks, passes': f'{ranks.world} x {args.accum} x {per_pass} images make a batch',
@@ -307,7 +313,7 @@ class Run:
     def progress(self, it):
         """Shows twice a second how far it is, and how long it will take."""
         if self.live and clock() - self.shown > 0.5:
-            done, seconds, _ = self.rows[-1]
+            done, seconds, *_ = self.rows[-1]
             rate, iters = (it - done) / (clock() - self.started - seconds), self.args.iters
             self.status(f'{it} of {iters}   {60 * rate:.0f} iter/min   {duration((iters - it) / rate)} left')
 
@@ -331,12 +337,10 @@ class Run:
         Returns: (updates per minute over the last 5000, evaluation included; images per second of training;
         percent of training time that waited for data; time since the start, h:mm:ss).
         """
-        seconds = self.clocks['seconds'] = clock() - self.started
-        self.rows.append((it, seconds, self.clocks['not_training']))
-        iter_per_s, per_s = speed(self.rows)[0], speed(self.rows[-2:])[1]
-        waited = 100 * self.clocks['waited'] * per_s / (it - self.rows[-2][0])
-        self.clocks['waited'] = 0.0
-        return 60 * iter_per_s, self.args.batch * per_s, waited, duration(seconds)
+        self.clocks['seconds'] = clock() - self.started
+        self.rows.append((it, *self.clocks.values()))
+        iter_per_s, (_, per_s, waited) = speed(self.rows)[0], speed(self.rows[-2:])
+        return 60 * iter_per_s, self.args.batch * per_s, 100 * waited, duration(self.clocks['seconds'])
 
     def check_finite(self, loss, skipped, val_nll, scale, start, end):
         """Ends the run with a FloatingPointError if it has diverged in the updates from `start` to `end`.
@@ -353,7 +357,7 @@ class Run:
             raise FloatingPointError(text)
 
     def save(self, **state):
-        """Writes <stamp>.last.pt; the one before it becomes <stamp>.prev.pt."""
+        """Writes <stamp>.last.pt; the one before becomes <stamp>.prev.pt. progress[0]: updates done."""
         self.clocks['seconds'] = clock() - self.started
         if self.log_path:
             run = self.clocks, self.rows, self.log_path.stat().st_size
@@ -372,7 +376,7 @@ class Run:
         for name, (accuracy, nll) in results.items():
             key = name.lower().replace('-', '')  # val, tst, inv2
             fields |= {f'{key}_acc': f'{accuracy:.4f}', f'{key}_nll': f'{nll:.4f}'}
-        iter_per_s, trn_iter_per_s = speed(self.rows)
+        iter_per_s, trn_iter_per_s, _ = speed(self.rows)
         fields |= dict(
             iter_per_min=f'{60 * iter_per_s:.0f}', img_per_s=f'{trn_iter_per_s * self.args.batch:.0f}',
             hours=f'{self.clocks["seconds"] / 3600:.3f}', world=self.ranks.world,
@@ -382,11 +386,13 @@ class Run:
 
 
 def speed(rows):
-    """(updates per second with evaluation, without) over the last 5000 updates or the last interval."""
+    """Over the last 5000 updates, or the last interval: (updates per second with evaluation and saving, the
+    same without, which part of the time without was waited)."""
     end = rows[-1]
     start = next((row for row in rows[:-1] if end[0] - row[0] <= 5000), rows[-2])
-    updates, seconds, not_training = (b - a for a, b in zip(start, end, strict=True))
-    return updates / seconds, updates / (seconds - not_training)
+    updates, seconds, not_training, waited = (b - a for a, b in zip(start, end, strict=True))
+    training = seconds - not_training
+    return updates / seconds, updates / training, waited / training
 
 
 def commit(sources):
@@ -516,7 +522,7 @@ def read_last_checkpoint(last, previous, config):
         if path == last:
             return state, ''
         previous.replace(last)  # or the damaged one would soon take the place of the good one
-        return state, f' from the previous checkpoint: {last.name} was damaged or missing'
+        return state, f'; from the previous checkpoint: {last.name} was damaged or missing'
     if problem:
         raise UserError(f'{problem} To begin anew, delete {last.name} and {previous.name}, or leave out '
                         '--resume.')

@@ -22,7 +22,6 @@ import functools
 import itertools
 import math
 import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import UserError  # noqa: E402 - the line above finds these
-from logs.run import run_folder_name  # noqa: E402
+from logs.run import plain_errors, run_folder_name  # noqa: E402
 from resnet import ResNet, parameters  # noqa: E402
 
 NUMBER = r'(-?\d+\.?\d*(?:e[-+]\d+)?|-?inf|nan)'
@@ -66,7 +65,7 @@ def read_log(path):
         elif match := EVALUATION.fullmatch(line):
             key = match[1].lower().replace('-', '')
             log.evals |= {f'{key}_acc': match[2], f'{key}_nll': match[3]}
-        elif match := re.fullmatch(r'resumed at update \d+ on (.*)', line):
+        elif match := re.fullmatch(r'resumed at update \d+ on (.*?)(;.*)?', line):
             log.devices = match[1]
         elif line.startswith('RESULT'):
             log.result = read_result(line)
@@ -78,14 +77,11 @@ def read_log(path):
 
 
 def read_result(line):
-    try:
-        pairs = [word.split('=', 1) for word in shlex.split(line)[1:]]
-        result = dict(pairs)
-    except ValueError as error:
-        raise ValueError(f'the RESULT line cannot be read ({error})') from error
-    if len(result) < len(pairs):
-        raise ValueError('the RESULT line has a key twice')
-    return result
+    """{key: value} of a RESULT line, which has to be what these give when they are written again."""
+    result = dict(re.findall(r'(\w+)=("[^"]*"|\S+)', line))
+    if line != ' '.join(['RESULT', *(f'{key}={value}' for key, value in result.items())]):
+        raise ValueError('the RESULT line cannot be read: it takes key=value pairs, each key once')
+    return {key: value.strip('"') for key, value in result.items()}
 
 
 @functools.cache
@@ -430,8 +426,5 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
+    with plain_errors():
         main()
-    except (UserError, OSError) as error:
-        print(f'table.py: {error}', file=sys.stderr)
-        sys.exit(2)
