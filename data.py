@@ -100,16 +100,11 @@ def incomplete_allowed():
 
 
 def usable_cores():
-    """The cores that this process may use: by its affinity mask and by the quota of its cgroups, from 1."""
+    """The cores that this process may use: by its affinity mask and by its container's quota, from 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    folders = {CGROUPS, CGROUPS / 'cpu'}  # where a container sees its own limits: of cgroup 2, and 1
-    with contextlib.suppress(OSError):  # elsewhere they stand in folders below
-        for path in re.findall(r':/(.+)$', Path('/proc/self/cgroup').read_text(), re.MULTILINE):
-            for parent in (Path(path), *Path(path).parents):
-                folders |= {CGROUPS / parent, CGROUPS / 'cpu' / parent}
-    for folder, files in itertools.product(folders, (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us'])):
+    for files in (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us']):  # of cgroup 2, and 1
         with contextlib.suppress(OSError, ValueError):  # no such limit, or 'max'
-            quota, period = map(int, ' '.join((folder / file).read_text() for file in files).split())
+            quota, period = map(int, ' '.join((CGROUPS / file).read_text() for file in files).split())
             cores = min(cores, quota // period) if quota > 0 else cores
     return max(1, cores)
 
@@ -131,11 +126,11 @@ def prepare(name, data_dir):
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
-    require_folders(data_dir if name == 'imagenet2012' else final)  # there may be a pack of it
     remove_left_over(data_dir, name)
     if name == 'imagenet2012':
         open_imagenet(data_dir)  # lists its files, once
         return
+    require_folders(final)
     missing = ', '.join(file for file in FILES if not (final / file).exists())
     if not missing:
         return
@@ -143,14 +138,9 @@ def prepare(name, data_dir):
         raise UserError(f'{name} is not in {data_dir}: the folder {final} needs {missing}.')
     if final.exists():
         raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
-    try:
-        with new_folder(final) as folder:
-            SOURCES[name][0](name, data_dir, folder)
-            read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
-    except OSError as error:
-        # numpy names neither file nor cause when a write falls short
-        reason = f'{error.filename or data_dir}: {error.strerror or f"{error}; is the disk full?"}'
-        raise UserError(f'{name} could not be prepared ({reason}).') from error
+    with new_folder(final) as folder:
+        SOURCES[name][0](name, data_dir, folder)
+        read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
 
 
 def require_folders(*paths):
@@ -165,10 +155,10 @@ def require_folders(*paths):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """A temporary folder that takes the name `final` in the end: a killed preparation leaves no half set."""
+    """A temporary folder that takes the name `final` in the end: a kill or an error leaves no half set."""
     folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
-    folder.mkdir(parents=True)
     try:
+        folder.mkdir(parents=True)
         yield folder
         for file in folder.iterdir():
             with open(file, 'rb+') as f:
@@ -178,6 +168,9 @@ def new_folder(final):
         except OSError:
             if not final.exists():  # or else another process was quicker, and its set is as good
                 raise
+    except OSError as error:  # numpy names neither file nor cause when a write falls short
+        reason = f'{error.filename or final.parent}: {error.strerror or f"{error}; is the disk full?"}'
+        raise UserError(f'{final.name} could not be prepared ({reason}).') from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -273,7 +266,7 @@ def files_of(source):
             zipped = zipfile.ZipFile(source)
         except Exception as error:  # zipfile raises many kinds for damaged bytes, as zlib does below
             raise UserError(f'{source} is damaged ({error}). Fetch it again.') from error
-        for path in zipped.namelist():
+        for path in zipped.namelist():  # zipfile.Path never returns of a path like //x (CVE-2024-8088)
             if path.startswith('/') or '..' in path.replace('\\', '/').split('/') or ':' in path:
                 raise UserError(f'{source} is refused: its member {path} points outside of its folder.')
         found = {path: zipfile.Path(zipped, path) for path in zipped.namelist() if not path.endswith('/')}
@@ -308,8 +301,8 @@ def parse_list(text):
 
 # ---- preparation: decoding on all cores ----
 
-def decode(data, path, box=None):
-    """JPEG bytes -> uint8 H x W x 3, as pillow's convert('RGB') has it; box: side to resize to, box filter.
+def decode(data, path):
+    """JPEG (or other) bytes -> an image of pillow's, by convert('RGB').
 
     EXIF orientation is ignored, as everywhere in ImageNet practice. Raises UserError with the path.
     """
@@ -319,48 +312,33 @@ def decode(data, path, box=None):
             image = Image.open(io.BytesIO(data))
             if image.mode.startswith('I'):  # 16 bits: convert() would clip them
                 image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            image = image.convert('RGB')
+            return image.convert('RGB')
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
-    return np.asarray(image.resize((box, box), Image.BOX) if box else image)
 
 
 def on_all_cores(work, items):
     """Yields work(item) for each, in order. Threads: pillow decodes outside of the interpreter lock."""
-    def some(first):
-        return [work(item) for item in items[first:first + 16]]
     with ThreadPoolExecutor(usable_cores()) as pool:
         for first in range(0, len(items), 2048):  # or what is not taken yet would fill the memory
-            for results in pool.map(some, range(first, min(first + 2048, len(items)), 16)):
-                yield from results
+            yield from pool.map(work, items[first:first + 2048])
 
 
-def decode_all(read, items, file, size, resize=False):
-    """Decodes images on all cores into a new .npy file, N x size x size x 3; read(item): (bytes, path).
-
-    resize: to that size, by pillow's box filter; or else images of another size are an error.
-    """
-    def work(item):
-        encoded, path = read(item)
-        image = decode(encoded, path, size if resize else None)
-        if image.shape != (size, size, 3):
-            raise UserError(f'{path} has {image.shape[:2]} pixels, not {(size, size)}.')
-        return image[None]
-    write_images(file, size, on_all_cores(work, items), len(items))
-
-
-def write_images(file, size, chunks, total):
-    """Writes uint8 chunks of n x size x size x 3 one after the other into a new .npy file, with progress."""
-    progress, count = Progress(file.stem.replace('_', ' '), total), 0
+def write_arrays(folder, which, size, chunks, total):
+    """Writes the arrays of a part from chunks (uint8 n x size x size x 3, n labels), with progress."""
+    progress, labels = Progress(f'{which} images', total), []
     header = {'descr': '|u1', 'fortran_order': False}
-    with open(file, 'wb') as out:  # not a mapped file: to fill the disk through one is fatal (SIGBUS)
+    # not a mapped file: to fill the disk through one is fatal (SIGBUS)
+    with open(folder / f'{which}_images.npy', 'wb') as out:
         np.lib.format.write_array_header_1_0(out, header | {'shape': (0, size, size, 3)})
-        for images in chunks:
-            out.write(images)
-            count += len(images)
-            progress(count)
+        for images, more in chunks:
+            for start in range(0, len(images), 1000):
+                out.write(np.ascontiguousarray(images[start:start + 1000]))
+            labels.extend(more)
+            progress(len(labels))
         out.seek(0)  # numpy leaves room in the header for the count to grow
-        np.lib.format.write_array_header_1_0(out, header | {'shape': (count, size, size, 3)})
+        np.lib.format.write_array_header_1_0(out, header | {'shape': (len(labels), size, size, 3)})
+    np.save(folder / f'{which}_labels.npy', np.array(labels, np.int64))
 
 
 # ---- preparation: small images ----
@@ -369,27 +347,15 @@ def prepare_cifar(name, data_dir, folder):
     """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
     datasets = torchvision('datasets')
     cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
-    archive, source = data_dir / cifar.filename, data_dir / cifar.base_folder
+    source = data_dir / cifar.base_folder
     source = next(find_below(source, cifar.base_folder), source)  # within a folder of its own name
     files = *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5'])
-    checksums = {source / file: md5 for file, md5 in files} | {archive: cifar.tgz_md5}
-    wrong = [path for path, md5 in checksums.items() if not datasets.utils.check_integrity(str(path), md5)]
-    damaged = [path for path in wrong if path.exists()]
-    problem = f'{wrong[0]} is missing' if wrong and source.is_dir() else f'{name} is not in {data_dir}'
-    if damaged:
-        problem = f'{damaged[0]} is damaged (its MD5 differs)'
-    # downloaded and extracted in a folder of our own: another process may be at it, too
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        root = source.parent if wrong in ([], [archive]) else Path(own)
-        try:
-            if root == Path(own) and archive not in wrong:
-                datasets.utils.extract_archive(str(archive), own)
-            train, test = cifar(root, train=True, download=True), cifar(root, train=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f'{problem}, and the download failed ({error}). Put {cifar.filename} from '
-                            f'{cifar.url} into {data_dir}, or try the script with --synthetic.') from error
-        with contextlib.suppress(FileNotFoundError):
-            Path(own, archive.name).replace(archive)
+        if not all(datasets.utils.check_integrity(str(source / file), md5) for file, md5 in files):
+            archive = download(name, cifar.url, cifar.tgz_md5, data_dir, folder)
+            datasets.utils.extract_archive(str(archive), own)
+            source = Path(own, cifar.base_folder)
+        train, test = (cifar(source.parent, train=part) for part in (True, False))
     save_arrays(folder, 'train', train.data, train.targets)
     save_arrays(folder, 'test', test.data, test.targets)
     describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
@@ -397,25 +363,15 @@ def prepare_cifar(name, data_dir, folder):
 
 def prepare_tiny_imagenet(name, data_dir, folder):
     """TinyImageNet: classes are the sorted wnids, training images in a fixed order, official val as test."""
-    if name == 'TinyImageNet200_x32':
-        prepare('TinyImageNet200_x64', data_dir)
-        source = data_dir / 'TinyImageNet200_x64'
-        *parts, about = read_arrays('TinyImageNet200_x64', source)
-        for which, (images, labels) in zip(('train', 'test'), parts, strict=True):
-            small = np.empty((len(images), 32, 32, 3), np.uint8)
-            for i in range(0, len(images), 1000):  # exact 2 x 2 box average, halves rounded up
-                four = images[i:i + 1000].numpy().reshape(-1, 32, 2, 32, 2, 3)
-                small[i:i + 1000] = (four.sum((2, 4), dtype=np.uint16) + 2) // 4
-            save_arrays(folder, which, small, labels)
-        return describe(folder, f'{about}; 2 x 2 box average', class_names(source))
-
-    root = next(iter(sources(name, data_dir)), None) or download_tiny_imagenet(data_dir, folder)
+    root = next(iter(sources(name, data_dir)), None) or download(
+        name, 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de',
+        data_dir, folder)
     files = files_of(root)
     texts = {path.rsplit('/', 1)[-1]: read_source(files[path]).decode('utf-8', 'replace')
              for path in files if path.endswith(('wnids.txt', 'words.txt', 'val_annotations.txt'))}
     listed = parse_list(texts.get('val_annotations.txt', ''))
     words = dict(re.findall(r'^(n\d+)\t([^\r\n]*)', texts.get('words.txt', ''), re.MULTILINE))
-    train, val = {}, {}  # of each file's name: its class and its path
+    size, train, val = SETS[name]['size'], {}, {}  # of each file's name: its class and its path
     for path in files:
         *folders, file = path.split('/')
         part = next((folder for folder in folders if folder in ('train', 'val')), None)
@@ -436,23 +392,32 @@ def prepare_tiny_imagenet(name, data_dir, folder):
         raise UserError(f'{root} is not TinyImageNet: train/ or val/ has no images.')
     train = [train[file] for file in sorted(train, key=lambda file: (train[file][0], file))]
     train = [train[i] for i in np.random.RandomState(0).permutation(len(train))]  # a stream numpy has frozen
+
+    def decoded(pair):
+        wnid, path = pair
+        image = decode(read_source(path), path)
+        if image.size != (64, 64):
+            raise UserError(f'{path} has {image.width} x {image.height} pixels, not 64 x 64.')
+        return np.asarray(image.reduce(64 // size))[None], [wnids.index(wnid)]
     for which, pairs in (('train', train), ('test', [val[file] for file in sorted(val)])):
-        decode_all(lambda pair: (read_source(pair[1]), pair[1]), pairs, folder / f'{which}_images.npy', 64)
-        np.save(folder / f'{which}_labels.npy', np.array([wnids.index(wnid) for wnid, _ in pairs], np.int64))
-    describe(folder, 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order',
+        write_arrays(folder, which, size, on_all_cores(decoded, pairs), len(pairs))
+    about = 'tiny-imagenet-200, classes are the sorted wnids, training images in a fixed order'
+    describe(folder, about + '; 2 x 2 box average' * (size == 32),
              [f'{wnid} {words.get(wnid, "")}'.strip() for wnid in wnids])
 
 
-def download_tiny_imagenet(data_dir, folder):
-    """Fetches tiny-imagenet-200.zip into data_dir, by way of a temporary folder; returns its path."""
-    url, archive = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', data_dir / 'tiny-imagenet-200.zip'
-    try:
-        torchvision('datasets.utils').download_url(url, str(folder), archive.name,
-                                                   '90528d7ca1a48142e341f4ef8d21d0de')
-    except (OSError, RuntimeError) as error:
-        raise UserError(f'TinyImageNet is not in {data_dir}, and the download failed ({error}): put '
-                        f'{url} there, or try the script with --synthetic.') from error
-    (folder / archive.name).replace(archive)
+def download(name, url, md5, data_dir, folder):
+    """Path of an archive in data_dir; one that is not there comes by way of `folder`, ours alone."""
+    utils, archive = torchvision('datasets.utils'), data_dir / url.rpartition('/')[2]
+    if not utils.check_integrity(str(archive), md5):
+        try:
+            utils.download_url(url, str(folder), archive.name, md5)
+        except (OSError, RuntimeError) as error:
+            found = sources(name, data_dir)
+            problem = f'{found[0]} is damaged or not complete' if found else f'{name} is not in {data_dir}'
+            raise UserError(f'{problem}, and the download failed ({error}). Put {url} into {data_dir}, or '
+                            'try the script with --synthetic.') from error
+        (folder / archive.name).replace(archive)
     return archive
 
 
@@ -469,30 +434,26 @@ def prepare_imagenet1k(name, data_dir, folder):
     missing = [batch for batches in wanted.values() for batch in batches if batch not in found]
     if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
         parts, wnids, about = open_imagenet(data_dir, packed=False)
+
+        def resized(images, i):
+            image = decode(*images.read(i)).resize((size, size), Image.BOX)
+            return np.asarray(image)[None], [images.labels[i]]
         for which, images in (('train', parts['train']), ('test', parts['val'])):
-            decode_all(images.read, range(len(images)), folder / f'{which}_images.npy', size, resize=True)
-            np.save(folder / f'{which}_labels.npy', images.labels)
+            chunks = on_all_cores(functools.partial(resized, images), range(len(images)))
+            write_arrays(folder, which, size, chunks, len(images))
         return describe(folder, f'{about}, resized to {size} px, box filter', wnids)
     if len(missing) == 11 or (missing and not incomplete_allowed()):
         raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
                         f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
                         'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
     for which, total in (('train', SETS[name]['train']), ('test', SETS[name]['val'])):
-        labels = [np.empty(0, np.int64)]
-
-        def chunks(which=which, labels=labels):
-            for batch in filter(found.get, wanted[which]):
-                images, more = read_batch(found[batch], size)
-                labels.append(more)
-                for start in range(0, len(images), 1000):
-                    yield np.ascontiguousarray(images[start:start + 1000].transpose(0, 2, 3, 1))
-        write_images(folder / f'{which}_images.npy', size, chunks(), total)
-        np.save(folder / f'{which}_labels.npy', np.concatenate(labels))
+        batches = (read_batch(found[batch], size) for batch in wanted[which] if batch in found)
+        write_arrays(folder, which, size, batches, total)
     describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
 
 
 def read_batch(path, size):
-    """One official batch: uint8 N x 3 x size x size, int64 N from 0. UserError if it is not one."""
+    """One official batch: uint8 N x size x size x 3, int64 N from 0. UserError if it is not one."""
     try:
         with path.open('rb') as file:
             if path.name.endswith('.npz'):
@@ -507,7 +468,7 @@ def read_batch(path, size):
             raise ValueError(f'labels go from {labels.min()} to {labels.max()}, not 1 to 1000')
     except Exception as error:  # damaged bytes make pickle and zipfile raise almost anything
         raise UserError(f'{path} is not a downsampled ImageNet batch ({error}). Fetch it again.') from error
-    return images.reshape(-1, 3, size, size), labels.astype(np.int64) - 1
+    return images.reshape(-1, 3, size, size).transpose(0, 2, 3, 1), labels.astype(np.int64) - 1
 
 
 class ArrayUnpickler(pickle._Unpickler):
@@ -614,29 +575,26 @@ def pack_imagenet(data_dir, short_side=None):
         encoded, path = images.read(i)
         if side is None:
             return encoded.tobytes()
-        image, buffer = Image.fromarray(decode(encoded, path)), io.BytesIO()
+        image, buffer = decode(encoded, path), io.BytesIO()
         if min(image.size) <= side:
             return encoded.tobytes()
         size = [side * length // min(image.size) for length in image.size]
         image.resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
         return buffer.getvalue()
 
-    try:
-        with new_folder(final) as folder:
-            for part, images in parts.items():
-                progress, starts = Progress(part, len(images)), [0]
-                work = functools.partial(encode, images, short_side if part == 'train' else None)
-                with open(folder / f'{part}.bin', 'wb') as file:
-                    for encoded in on_all_cores(work, range(len(images))):
-                        file.write(encoded)
-                        starts.append(starts[-1] + len(encoded))
-                        progress(len(starts) - 1)
-                np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
-                         wnids=wnids)
-            how = f'short side {short_side}, quality 90; val as it is' if short_side else 'as it is'
-            describe(folder, f'{about}, packed: {how}')
-    except OSError as error:
-        raise UserError(f'{final} could not be written ({error.strerror or error}).') from error
+    with new_folder(final) as folder:
+        for part, images in parts.items():
+            progress, starts = Progress(part, len(images)), [0]
+            work = functools.partial(encode, images, short_side if part == 'train' else None)
+            with open(folder / f'{part}.bin', 'wb') as file:
+                for encoded in on_all_cores(work, range(len(images))):
+                    file.write(encoded)
+                    starts.append(starts[-1] + len(encoded))
+                    progress(len(starts) - 1)
+            np.savez(folder / f'{part}.npz', names=images.names, labels=images.labels, starts=starts,
+                     wnids=wnids)
+        how = f'short side {short_side}, quality 90; val as it is' if short_side else 'as it is'
+        describe(folder, f'{about}, packed: {how}')
 
 
 # ---- opening ----
@@ -702,22 +660,24 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
     for key, images in parts.items():
         if images is not train and not len(images):
             raise UserError(f'{data_dir} has no images of {name} for {key}.')
-    if trained_elsewhere and known < facts['classes']:
-        raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and nothing '
-                        'tells the order of all: their labels may not be those of given weights. For '
-                        f'imagenet2012, {ADD_KIT}.')
-    if not trained_elsewhere and len(train) < batch:
+    if trained_elsewhere:
+        if known < facts['classes']:
+            raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and '
+                            'nothing tells the order of all: their labels may not be those of given weights. '
+                            f'For imagenet2012, {ADD_KIT}.')
+        return
+    if len(train) < batch:
         raise UserError(f'--batch {batch} is more than the {len(train)} training images.')
     labels = np.concatenate([train.labels, parts['val'].labels]) if facts['test'] else np.empty(0)
     stretches = 1 + np.count_nonzero(np.diff(labels))  # of equal labels
-    if 1 < len(np.unique(labels)) == stretches < len(labels) / 2 and not trained_elsewhere:
+    if 1 < len(np.unique(labels)) == stretches < len(labels) / 2:
         raise UserError(f'{name}: the training file is sorted by class, and val is its end: shuffle images '
                         'and labels.')
     # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
     cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
     for key in ('val',) if name in SOURCES else set(parts) - {'train'}:
         unseen = np.setdiff1d(parts[key].labels, train.labels)
-        if len(unseen) and len(train) and not trained_elsewhere and not cut_off:
+        if len(unseen) and not cut_off:
             raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
                             f'such as class {unseen[-1]}. Shuffle the training file, or take these out.')
 
@@ -836,15 +796,12 @@ def open_imagenet(data_dir, packed=True):
     if packed and pack.is_dir():
         return open_pack(pack)
     require_folders(root / 'train', root / 'val')
-    beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
-    lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
-             *(folder / name for folder in beside for name in LISTS)]
-    lists = {path.name: path for path in reversed(lists) if path.is_file()}
+    listed, order = read_lists(data_dir)
     none = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
     parts = {'train': ([], none), 'val': ([], none)}
     for path in filter(Path.is_dir, find_below(root, 'train|val')):
         if not len(parts[path.name][1]):  # the first that has images
-            parts[path.name] = list_images(path, lists)
+            parts[path.name] = list_images(path, listed)
     missing = [part for part, (_, images) in parts.items() if not len(images)]
     if len(missing) == 2 or (missing and not incomplete_allowed()):
         raise UserError(f'{root} needs {"/ and ".join(missing)}/ with images: put {", ".join(ARCHIVES)} '
@@ -853,18 +810,17 @@ def open_imagenet(data_dir, packed=True):
                         f'{INCOMPLETE}=1 will do.)')
     found = [classes for classes, _ in parts.values()]
     complete = next((classes for classes in found if len(classes) == facts['classes']), ())
-    wnids = sorted(complete or read_lists(lists)[1] or set().union(*found))
-    parts = {part: label_images(*listed, wnids, facts['classes'], facts[part])
-             for part, listed in parts.items()}
+    wnids = sorted(complete or order or set().union(*found))
+    parts = {part: label_images(*pair, wnids, facts['classes'], facts[part]) for part, pair in parts.items()}
     which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
     return parts, wnids, f'imagenet2012, classes are {which}'
 
 
-def list_images(folder, lists=()):
+def list_images(folder, listed=None):
     """([classes], EncodedImages whose labels are places in them) of the images in a folder, or further below.
 
     A class is the name of a class folder, a wnid (n01440764) or an integer. Without such folders, it is the
-    wnid in an image's name, or what `lists` says (see read_lists); UserError if none of them says it.
+    wnid in an image's name, or what `listed` says (see read_lists); UserError if none of them says it.
     What is in class folders is kept in <folder>-index.npz, for as long as none of them changes.
     """
     folder = next((path.parent for path in find_below(folder, f'{CLASS}|{IMAGE}')), folder)
@@ -886,8 +842,7 @@ def list_images(folder, lists=()):
         with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
             np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
         return classes, EncodedImages(folder, names, np.repeat(np.arange(len(classes)), counts))
-    listed = read_lists(lists)[0]
-    wnids = [class_of(path, listed) for path in found[0]]
+    wnids = [class_of(path, listed or {}) for path in found[0]]
     if None in wnids:
         file = Path(found[0][wnids.index(None)]).name
         raise UserError(f'{folder} has no class folders, and nothing says the class of {file}. For the val '
@@ -896,13 +851,17 @@ def list_images(folder, lists=()):
     return classes.tolist(), EncodedImages(folder, names, labels)
 
 
-def read_lists(lists):
+def read_lists(data_dir):
     """({image's file name without its ending: wnid}, all 1000 wnids or none) by the csv or the official kit.
 
-    The kit's ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of
-    128 bytes, a tag of 8 and compressed data.
+    They are searched in imagenet2012/ and beside it. The kit's ids start at 1, and its meta.mat has the wnids
+    in their order: a MATLAB 5 file, of a header of 128 bytes, a tag of 8 and compressed data.
     """
-    wnids, listed, full = [], {}, SETS['imagenet2012']['classes']
+    root, wnids, listed, full = data_dir / 'imagenet2012', [], {}, SETS['imagenet2012']['classes']
+    beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
+    lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
+             *(folder / name for folder in beside for name in LISTS)]
+    lists = {path.name: path for path in reversed(lists) if path.is_file()}
     if META in lists:
         try:
             meta = lists[META].read_bytes()
@@ -1285,7 +1244,7 @@ def decode_tensor(encoded, path):
             image = function(torch.from_numpy(encoded))
             if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
                 return image.expand(3, -1, -1)
-    return torch.from_numpy(decode(encoded.tobytes(), path).copy()).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode(encoded.tobytes(), path))).permute(2, 0, 1)
 
 
 @functools.cache
@@ -1337,15 +1296,12 @@ def preview(name, data_dir, file):
     images, labels = next(train.batches(0))
     names, side = class_names(data_dir / name), max(128, SETS[name]['size'])
     sheet = Image.new('RGB', (8 * (side + 6), 8 * (side + 18)), 'white')
-    draw = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        x, y = i % 8 * (side + 6) + 3, i // 8 * (side + 18) + 3
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.NEAREST)
-        sheet.paste(tile, (x, y))
+        tile = Image.new('RGB', (side, side + 15), 'white')  # cuts off what is too long of the text
+        tile.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.NEAREST))
         text = f'{label} {names[label]}' if label < len(names) else str(label)
-        while draw.textlength(text) > side:
-            text = text[:-1]
-        draw.text((x, y + side + 1), text, 'black')
+        ImageDraw.Draw(tile).text((0, side + 1), text, 'black')
+        sheet.paste(tile, (i % 8 * (side + 6) + 3, i // 8 * (side + 18) + 3))
     sheet.save(file, 'PNG')
     print(f'{file}: the first 64 of {len(train)} training images of {name}, augmented')
 
