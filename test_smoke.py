@@ -2117,6 +2117,11 @@ def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
     iter_per_min, img_per_s, wait, start, memory, limit = map(float, row[5:])
     assert img_per_s == pytest.approx(iter_per_min * 64 / 60, abs=1) and 0 < limit < 150
     assert 0 <= wait < 100 and 1 < start < 60 and 200 < memory < 20000
+    with monkeypatch.context() as patch:
+        patch.setitem(bench.DATASETS, 32, 'none')  # what fails is NaN, and the rest goes on
+        main('logs/bench.py', '20x1:64', '--ours', '--turns', 1, '--updates', 2)
+    out, error = capsys.readouterr()
+    assert out.split()[-6:-1] == ['nan'] * 5 and 'this failed' in error and 'none.py' in error
     bench.usual(20, 1, 32, 64, 3)  # in rows like those of our logs
     usual = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in usual] == ['1', '2', '3']

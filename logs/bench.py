@@ -25,7 +25,6 @@ import math
 import os
 import re
 import runpy
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -122,7 +121,10 @@ def child(style, *arguments):
 
 
 def measure(style, depth, width, size, batch, iters):
-    """Trains for `iters` updates, 2 or more, in a new process: (img/s, wait %, start s, memory MB, type)."""
+    """Trains for `iters` updates, 2 or more, in a new process: (img/s, wait %, start s, memory MB, type).
+
+    They are NaN if it fails: of the other styles and nets there are figures all the same.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [style, depth, width, size, batch, iters] if style == 'usual' else [
             style, ROOT / f'{DATASETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
@@ -139,8 +141,9 @@ def measure(style, depth, width, size, batch, iters):
                 elif fields[:1] == ['PEAK']:
                     peak = float(fields[1]) / 1e6
     if process.returncode:
-        sys.exit(f'bench.py: this failed: {" ".join(command)}')
-    img_per_s, wait = map(statistics.median, zip(*rows[1:], strict=True))
+        print(f'bench.py: this failed: {" ".join(command)}', file=sys.stderr)
+        return *[math.nan] * 4, precision
+    img_per_s, wait = np.median(rows[1:], axis=0)
     seconds, updates = first
     return img_per_s, wait, seconds - (updates - 1) * batch / img_per_s, peak, precision
 
@@ -201,8 +204,7 @@ def bench_files(data_dir, turns):
           f'{"":22}  ours  usual  ratio')
     for name, (processes, *styles) in cases.items():
         rates = [[rate(style(), processes) for style in styles] for _ in range(turns)]
-        medians = [statistics.median(rates_of_style) for rates_of_style in zip(*rates, strict=True)]
-        ratio = statistics.median(a / b for a, b in rates)
+        medians, ratio = np.median(rates, axis=0), np.median([a / b for a, b in rates])
         print(f'{name:22} {medians[0]:5.0f} {medians[1]:6.0f} {ratio:6.2f}', flush=True)
 
 
@@ -235,10 +237,10 @@ def main():
         turns = [[measure(style, depth, width, size, batch, updates) for style in styles]
                  for _ in range(args.turns)]
         for style, *runs in zip(styles, *turns, strict=True):
-            img_per_s, wait, start, peak = (statistics.median(run[i] for run in runs) for i in range(4))
+            img_per_s, wait, start, peak = np.median([run[:4] for run in runs], axis=0)
             precision = runs[0][4]
             rates[precision] = rates.get(precision) or matrix_rate(precision)
-            ratio = statistics.median(run[0] / turn[-1][0] for run, turn in zip(runs, turns, strict=True))
+            ratio = np.median([run[0] / turn[-1][0] for run, turn in zip(runs, turns, strict=True)])
             print(f'{depth:3}x{width} {size:3} {batch:5} {style:5} {precision} {60 * img_per_s / batch:8.0f} '
                   f'{img_per_s:7.0f} {wait:6.1f} {start:7.1f} {peak:9.0f} '
                   f'{100 * img_per_s * macs / rates[precision]:7.0f}'
