@@ -4,7 +4,7 @@
     python data.py CIFAR10_x32                 prepares one set (the scripts do it themselves when needed)
     python data.py preview CIFAR10_x32 a.png   draws augmented training images with their labels
     python data.py unpack imagenet2012         ILSVRC2012_*.tar -> imagenet2012/train, val and devkit
-    python data.py pack imagenet2012 --short-side 256    one file instead of 1.3 million, 4 times smaller;
+    python data.py pack imagenet2012 --short-side 256    two files instead of 1.3 million, 4 times smaller;
     python data.py pack imagenet2012 --as-is             or with the original bytes
 
 All take --data-dir (default: datasets). A prepared set is a folder <NAME>/ with {train,test}_images.npy
@@ -20,6 +20,7 @@ class folder, else the wnid (n01440764) in its file name, else what a list besid
 """
 import argparse
 import atexit
+import collections
 import contextlib
 import ctypes
 import functools
@@ -86,7 +87,7 @@ INCOMPLETE = 'ALLOW_INCOMPLETE_DATA'  # environment variable: accept a part of a
 PAD = 4  # pixels of zeros on each side before the random crop
 SHIFTS = 2 * PAD + 1
 IGNORE = -100  # label of the images that fill up the last evaluation batch; cross_entropy passes over it
-CROP, SHORT_SIDE = 224, 256  # pixels: of encoded images, and to which they are resized for evaluation
+CROP, SHORT_SIDE = 224, 256  # pixels: of a crop's sides, and of the short side before an evaluation's
 PIECE = 64  # images that a loader process decodes at once
 CGROUPS = Path('/sys/fs/cgroup')  # where Linux says what share of the cores a container may use
 
@@ -122,13 +123,16 @@ def torchvision(module):
 # ---- preparation ----
 
 def prepare(name, data_dir):
-    """Makes <data_dir>/<name>/ from the official files, downloaded where allowed, unless it exists."""
+    """Makes <data_dir>/<name>/ from the official files unless it exists; imagenet2012 is only listed.
+
+    CIFAR and TinyImageNet are downloaded if they are not there. Raises UserError.
+    """
     if name not in SETS:
         raise UserError(f'There is no data set {name}: choose from {" ".join(SETS)}.')
     data_dir, final = Path(data_dir), Path(data_dir) / name
     remove_left_over(data_dir, name)
     if name == 'imagenet2012':
-        open_imagenet(data_dir)  # lists its files, once
+        open_imagenet(data_dir)  # checks it, and leaves the lists of files that load() reads
         return
     require_folders(final)
     missing = ', '.join(file for file in FILES if not (final / file).exists())
@@ -139,8 +143,8 @@ def prepare(name, data_dir):
     if final.exists():
         raise UserError(f'{final} lacks {missing}. Add them, or delete the folder to have it made anew.')
     with new_folder(final) as folder:
-        SOURCES[name][0](name, data_dir, folder)
-        read_arrays(name, folder, 'The official files are incomplete: fetch them again.')
+        SOURCES[name].prepare(name, data_dir, folder)
+        read_arrays(name, folder, 'The official files are incomplete: fetch them again.')  # checks them
 
 
 def require_folders(*paths):
@@ -155,7 +159,10 @@ def require_folders(*paths):
 
 @contextlib.contextmanager
 def new_folder(final):
-    """A temporary folder that takes the name `final` in the end: a kill or an error leaves no half set."""
+    """A temporary folder that takes the name `final` in the end: a kill or an error leaves no half set.
+
+    An OSError within becomes a UserError.
+    """
     folder = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
     try:
         folder.mkdir(parents=True)
@@ -193,11 +200,6 @@ def new_file(final):
         part.replace(final)
     finally:
         part.unlink(missing_ok=True)
-
-
-def save_arrays(folder, which, images, labels):
-    np.save(folder / f'{which}_images.npy', np.ascontiguousarray(images))
-    np.save(folder / f'{which}_labels.npy', np.asarray(labels, np.int64))
 
 
 def describe(folder, about, classes=()):
@@ -239,13 +241,16 @@ CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in fo
 def sources(name, data_dir):
     """Files and folders in data_dir that a set is made from, the first choice first."""
     found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
-             if re.fullmatch(SOURCES[name][1], path.name, re.IGNORECASE)
+             if re.fullmatch(SOURCES[name].files, path.name, re.IGNORECASE)
              and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
     return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
 
 
 def find_below(root, pattern):
-    """Yields the paths of such a name up to five folders below root, nearest first, not in class folders."""
+    """Yields the paths of such a name up to five folders below root, nearest first.
+
+    Class folders, clutter, Annotations and test are not entered.
+    """
     folders = [root] if root.is_dir() else []
     for folder in folders:  # it grows meanwhile
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -325,7 +330,10 @@ def on_all_cores(work, items):
 
 
 def write_arrays(folder, which, size, chunks, total):
-    """Writes the arrays of a part from chunks (uint8 n x size x size x 3, n labels), with progress."""
+    """Writes {which}_images.npy and {which}_labels.npy from chunks, with progress up to `total` images.
+
+    A chunk: (uint8 n x size x size x 3, maybe a view, which is copied a part at a time; n labels).
+    """
     progress, labels = Progress(f'{which} images', total), []
     header = {'descr': '|u1', 'fortran_order': False}
     # not a mapped file: to fill the disk through one is fatal (SIGBUS)
@@ -356,8 +364,8 @@ def prepare_cifar(name, data_dir, folder):
             datasets.utils.extract_archive(str(archive), own)
             source = Path(own, cifar.base_folder)
         train, test = (cifar(source.parent, train=part) for part in (True, False))
-    save_arrays(folder, 'train', train.data, train.targets)
-    save_arrays(folder, 'test', test.data, test.targets)
+    for which, part in (('train', train), ('test', test)):
+        write_arrays(folder, which, 32, [(part.data, part.targets)], len(part))
     describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
 
 
@@ -407,7 +415,10 @@ def prepare_tiny_imagenet(name, data_dir, folder):
 
 
 def download(name, url, md5, data_dir, folder):
-    """Path of an archive in data_dir; one that is not there comes by way of `folder`, ours alone."""
+    """Path of an archive in data_dir, downloaded if it is missing or damaged. Raises UserError if that fails.
+
+    It comes by way of `folder`: other processes may be downloading it, too.
+    """
     utils, archive = torchvision('datasets.utils'), data_dir / url.rpartition('/')[2]
     if not utils.check_integrity(str(archive), md5):
         try:
@@ -491,16 +502,18 @@ class ArrayUnpickler(pickle._Unpickler):
         return self.ALLOWED[module, name]
 
 
+# prepare: function that makes a set. files: names of what it is made from. missing: what if there is none.
+Source = collections.namedtuple('Source', 'prepare files missing')
 DOWNLOADED = 'downloaded when needed'
 FETCH = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
-SOURCES = {  # what prepares a set, which names its sources have, and what becomes of a set that has none
-    'CIFAR10_x32': (prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', DOWNLOADED),
-    'CIFAR100_x32': (prepare_cifar, r'cifar-100-python(\.tar\.gz)?', DOWNLOADED),
-    'TinyImageNet200_x32': (prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
-    'TinyImageNet200_x64': (prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
-    'ImageNet1k_x32': (prepare_imagenet1k, r'imagenet32(\D.*)?|imagenet2012', FETCH.format(32)),
-    'ImageNet1k_x64': (prepare_imagenet1k, r'imagenet64(\D.*)?|imagenet2012', FETCH.format(64)),
-    'imagenet2012': (
+SOURCES = {
+    'CIFAR10_x32': Source(prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', DOWNLOADED),
+    'CIFAR100_x32': Source(prepare_cifar, r'cifar-100-python(\.tar\.gz)?', DOWNLOADED),
+    'TinyImageNet200_x32': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
+    'TinyImageNet200_x64': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
+    'ImageNet1k_x32': Source(prepare_imagenet1k, r'imagenet32(\D.*)?|imagenet2012', FETCH.format(32)),
+    'ImageNet1k_x64': Source(prepare_imagenet1k, r'imagenet64(\D.*)?|imagenet2012', FETCH.format(64)),
+    'imagenet2012': Source(
         None, 'imagenet2012-pack|imagenet2012', 'missing: put the official archives here, then unpack'),
 }
 
@@ -509,7 +522,7 @@ SOURCES = {  # what prepares a set, which names its sources have, and what becom
 
 MEMBERS = (  # of the official archives: which names, and where they go in imagenet2012/
     (r'(n\d{8})_\d+\.JPEG', r'train/\1'), (r'ILSVRC2012_val_\d{8}\.JPEG', 'val'),
-    (rf'meta\.mat|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
+    (rf'{re.escape(META)}|{re.escape(TRUTH)}', 'ILSVRC2012_devkit_t12/data'))
 
 
 def unpack_imagenet(data_dir):
@@ -606,7 +619,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     Args:
         name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
         eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
-        batches are wanted; arrays that take less than half of a GPU's free memory are put there at once.
+        batches are wanted; arrays go there at once, on CUDA if they take less than half of the free memory.
         rank, world: of the processes that train. synthetic: generated images. workers: processes that decode
         files for this rank; None: as many as it has cores, 0: none. trained_elsewhere: the evaluation sets
         are for given weights, with which only labels in the order of all classes agree.
@@ -652,7 +665,7 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
 
 
 def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
-    """Raises UserError for too few images, and for evaluation sets with labels that the weights cannot know.
+    """Raises UserError for too few images, training files sorted by class, labels the weights cannot know.
 
     known: classes whose order is known. Given weights need all; others know those of the training images.
     """
@@ -675,7 +688,7 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
                         'and labels.')
     # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
     cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
-    for key in ('val',) if name in SOURCES else set(parts) - {'train'}:
+    for key in ('val',) if name in SOURCES else set(parts) - {'train'}:  # official test sets are right
         unseen = np.setdiff1d(parts[key].labels, train.labels)
         if len(unseen) and not cut_off:
             raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
@@ -691,7 +704,10 @@ def label_checksum(parts):
 # ---- opening: arrays ----
 
 class Arrays:
-    """Images with their labels: uint8 N x S x S x 3 and int64 N, on a device or in a mapped_file (mmap)."""
+    """Images with their labels: uint8 N x S x S x 3 and int64 N, which it unpacks to; its len is N.
+
+    They are on a device or in memory, the images maybe in a mapped_file (mmap).
+    """
 
     def __init__(self, images, labels, mapped_file=None):
         self.images, self.labels, self.mapped_file = images, labels, mapped_file
@@ -712,7 +728,10 @@ class Arrays:
 
 
 def read_arrays(name, folder, remedy=None):
-    """Maps and checks a prepared set: (Arrays to train on, Arrays to test on, str: their origin)."""
+    """Maps and checks a prepared set: (Arrays of the training file, of the test file, str: their origin).
+
+    Raises UserError, which ends with `remedy`, for arrays that do not fit.
+    """
     facts, parts = SETS[name], []
     remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
                         else f'Correct it, or SETS[{name!r}].')
@@ -749,7 +768,7 @@ def synthetic_arrays(name, batch):
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
     patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
     parts = []
-    for n in (max(count, batch * 5 // 4), count // 5):
+    for n in (max(count, batch * 5 // 4), count // 5):  # val may take 18 % of the first, and a batch is left
         labels = rng.integers(classes, size=n)
         images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
         for _ in range(2):
@@ -796,7 +815,7 @@ def open_imagenet(data_dir, packed=True):
     if packed and pack.is_dir():
         return open_pack(pack)
     require_folders(root / 'train', root / 'val')
-    listed, order = read_lists(data_dir)
+    listed, known = read_lists(data_dir)
     none = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
     parts = {'train': ([], none), 'val': ([], none)}
     for path in filter(Path.is_dir, find_below(root, 'train|val')):
@@ -810,7 +829,7 @@ def open_imagenet(data_dir, packed=True):
                         f'{INCOMPLETE}=1 will do.)')
     found = [classes for classes, _ in parts.values()]
     complete = next((classes for classes in found if len(classes) == facts['classes']), ())
-    wnids = sorted(complete or order or set().union(*found))
+    wnids = sorted(complete or known or set().union(*found))
     parts = {part: label_images(*pair, wnids, facts['classes'], facts[part]) for part, pair in parts.items()}
     which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
     return parts, wnids, f'imagenet2012, classes are {which}'
@@ -854,14 +873,15 @@ def list_images(folder, listed=None):
 def read_lists(data_dir):
     """({image's file name without its ending: wnid}, all 1000 wnids or none) by the csv or the official kit.
 
-    They are searched in imagenet2012/ and beside it. The kit's ids start at 1, and its meta.mat has the wnids
-    in their order: a MATLAB 5 file, of a header of 128 bytes, a tag of 8 and compressed data.
+    They are searched in imagenet2012/, beside it, and in three folders above what it is a link to. The kit's
+    ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of 128 bytes,
+    a tag of 8 and compressed data. Raises UserError if that is damaged.
     """
     root, wnids, listed, full = data_dir / 'imagenet2012', [], {}, SETS['imagenet2012']['classes']
     beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
     lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
              *(folder / name for folder in beside for name in LISTS)]
-    lists = {path.name: path for path in reversed(lists) if path.is_file()}
+    lists = {path.name: path for path in reversed(lists) if path.is_file()}  # the first of a name wins
     if META in lists:
         try:
             meta = lists[META].read_bytes()
@@ -1000,7 +1020,7 @@ def augment(images, draws):
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
     def take():
-        return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]
+        return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]  # else: a test
 
     pool, ready = ThreadPoolExecutor(1), []
     try:
@@ -1050,6 +1070,8 @@ class EvalBatches:
 class JpegBatches(torch.utils.data.Dataset):
     """What training and evaluation batches of encoded images share: pieces of them, decoded by processes.
 
+    Subclasses have crops(number, first, count): pairs (image's index, function that crops it) for positions
+    `first` and up of this rank's batch `number`. len() counts images, not batches.
     images: EncodedImages. batch: images in one rank's batch. device: where the batches are wanted. workers:
     decoding processes, 0 for none. rank, world: of the processes that train.
     """
@@ -1154,7 +1176,7 @@ class JpegTrainBatches(JpegBatches):
         self.seed, self.per_epoch, self.order = seed, len(images) // batch, (None, None)
 
     def crops(self, number, first, count):
-        """Yields (image, function that crops it) for positions of this rank's batch in update `number`."""
+        """Yields (image's index, function that crops it) for positions of this rank's batch `number`."""
         epoch, step = divmod(number, self.per_epoch)
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
@@ -1183,7 +1205,7 @@ class JpegEvalBatches(JpegBatches):
         counts = np.bincount(images.labels, minlength=SETS['imagenet2012']['classes'])
         self.absent = torch.from_numpy(counts == 0).to(self.device) if restrict else None
 
-    def __getstate__(self):  # what loader processes get: nothing on the device
+    def __getstate__(self):  # what loader processes get that are not forked: nothing on the device
         return self.__dict__ | dict(absent=None)
 
     def crops(self, number, first, count):
@@ -1237,7 +1259,7 @@ def resize(image, top, left, height, width, size):
 def decode_tensor(encoded, path):
     """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
     name, function = jpeg_decoder()
-    turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16].tobytes()  # the image as EXIF says
+    turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16].tobytes()  # it obeys the orientation
     if function and not turns:
         with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
@@ -1249,7 +1271,7 @@ def decode_tensor(encoded, path):
 
 @functools.cache
 def jpeg_decoder():
-    """(name, function) of the quickest JPEG decoder that works here: torchvision, torchcodec, else pillow.
+    """(name, function) of the first JPEG decoder that works here: torchvision, torchcodec, else pillow.
 
     function: uint8 tensor of the encoded bytes -> uint8 channels x H x W; RuntimeError or ValueError for
     damaged bytes and other formats. None for pillow, which decode() has.
@@ -1273,7 +1295,7 @@ def report(data_dir):
     require_folders(data_dir)
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
-        state, found = SOURCES[name][2], sources(name, data_dir)
+        state, found = SOURCES[name].missing, sources(name, data_dir)
         try:
             if name == 'imagenet2012':
                 state = f'ready: {open_imagenet(data_dir)[2]}' if found else state

@@ -166,10 +166,10 @@ def main():
     run = Run(__file__, args, config, ranks)
     if state := run.begin(COLUMNS, trn, evals, about):  # its last checkpoint
         net.load_state_dict(state['net'])
-        groups = optimizer.state_dict()['param_groups']  # as set above: the run may change its device
+        groups = optimizer.state_dict()['param_groups']  # as set above: `fused` is the device's
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
         scaler.load_state_dict(state['scaler'])
-        stats += state['stats'].to(device) * (ranks.rank == 0)
+        stats += state['stats'].to(device) * (ranks.rank == 0)  # saved as the sum over ranks
         it, row_it, best_it, best_acc, best_nll = state['progress']
         best_net = state['best_net']
         run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint

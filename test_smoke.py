@@ -206,8 +206,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'CIFAR10_x32'
     folder.mkdir()
     (images, labels), (test_images, test_labels) = data.synthetic_arrays('CIFAR10_x32', 1)
-    data.save_arrays(folder, 'train', images[:250], labels[:250])
-    data.save_arrays(folder, 'test', test_images[:50], test_labels[:50])
+    save_arrays(folder, 'train', images[:250], labels[:250])
+    save_arrays(folder, 'test', test_images[:50], test_labels[:50])
     return folder.parent
 
 
@@ -264,6 +264,11 @@ def arrays(n, size=32, classes=10):
     rng = np.random.default_rng(1)
     return (torch.from_numpy(rng.integers(256, size=(n, size, size, 3), dtype=np.uint8)),
             torch.from_numpy(rng.integers(classes, size=n)))
+
+
+def save_arrays(folder, which, images, labels):
+    np.save(folder / f'{which}_images.npy', images)
+    np.save(folder / f'{which}_labels.npy', labels)
 
 
 def load(folder, rank=0, world=1, name='imagenet2012', seed=7, batch=8, eval_batch=4, device='cpu', workers=0,
@@ -1101,16 +1106,16 @@ def test_ready_made_arrays_are_checked(tmp_path):
     folder = tmp_path / 'CIFAR10_x32'
     folder.mkdir()
     images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
-    data.save_arrays(folder, 'test', images, labels)
+    save_arrays(folder, 'test', images, labels)
     for name, array, words in (
             ('images', images.astype(np.float32), 'float32'), ('labels', labels.astype(np.int32), 'int32'),
             ('images', images.transpose(0, 3, 1, 2), r'but uint8 .*32, 32, 3. is needed'),
             ('labels', labels[:3], '4 images need int64'),
             ('labels', labels + 10, 'labels 10 to 10, but the classes are 0 to 9')):
-        data.save_arrays(folder, 'train', images, labels)
+        save_arrays(folder, 'train', images, labels)
         np.save(folder / f'train_{name}.npy', array)
         refused(words, data.read_arrays, 'CIFAR10_x32', folder)
-    data.save_arrays(folder, 'train', images, labels)
+    save_arrays(folder, 'train', images, labels)
     os.truncate(folder / 'test_images.npy', 5000)
     refused('test_images.npy cannot be read.*Delete', data.read_arrays, 'CIFAR10_x32', folder)
     (folder / 'test_labels.npy').unlink()
@@ -1125,8 +1130,8 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     images, labels = arrays(100)[0], torch.arange(100) // 20
 
     def opened(train, test=labels[:10], **options):
-        data.save_arrays(tmp_path / 'Own', 'train', images, train)
-        data.save_arrays(tmp_path / 'Own', 'test', images[:10], test)
+        save_arrays(tmp_path / 'Own', 'train', images, train)
+        save_arrays(tmp_path / 'Own', 'test', images[:10], test)
         return load(tmp_path, name='Own', **options)
     refused('Own: .* sorted by class, .* shuffle', opened, labels)
     opened(labels, trained_elsewhere=True)
@@ -2191,7 +2196,7 @@ def test_readme_copy_for_your_own_data(trial, tmp_path, monkeypatch, mine):
     assert len(recipe.splitlines()) <= 10
     (tmp_path / 'Flowers').mkdir()
     for which, count in (('train', 2500), ('test', 600)):
-        data.save_arrays(tmp_path / 'Flowers', which, *(array[:count] % 5 for array in arrays(2500)))
+        save_arrays(tmp_path / 'Flowers', which, *(array[:count] % 5 for array in arrays(2500)))
     own = trial.but('--iters', 4, '--data-dir', tmp_path, script=mine(("DATASET = 'CIFAR10_x32'\n", recipe)))
     with monkeypatch.context() as patch:
         patch.setattr(data, 'SETS', dict(data.SETS))

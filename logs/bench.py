@@ -123,7 +123,7 @@ def child(style, *arguments):
 def measure(style, depth, width, size, batch, iters):
     """Trains for `iters` updates, 2 or more, in a new process: (img/s, wait %, start s, memory MB, type).
 
-    They are NaN if it fails: of the other styles and nets there are figures all the same.
+    The numbers are NaN if it fails: the other styles and nets have theirs all the same.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [style, depth, width, size, batch, iters] if style == 'usual' else [
@@ -218,7 +218,7 @@ def main():
     parser.add_argument('--updates', type=int, help='in a run (default: 20 to 2000, by the cost of the net)')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: %(default)s')
     args = parser.parse_args()
-    if args.turns < 1 or (args.updates or 2) < 2:
+    if args.turns < 1 or (2 if args.updates is None else args.updates) < 2:
         parser.error('--turns starts at 1, --updates at 2')
     if 'imagenet2012' in args.nets:
         try:
@@ -228,7 +228,8 @@ def main():
     styles, rates = STYLES[:1] if args.ours else STYLES, {'fp32': matrix_rate('fp32')}
     name = torch.cuda.get_device_name() if CUDA else f'{torch.get_num_threads()} CPU threads'
     print(f'{name}, torch {torch.__version__}; medians of {args.turns} turns\n\n'
-          '  net  px batch style type iter/min   img/s wait % start s memory MB limit % ratio')
+          '  net  px batch style type iter/min   img/s wait % start s memory MB limit %'
+          + ' ratio' * (not args.ours))
     for depth, width, size, batch in args.nets:
         with torch.device('meta'):
             macs = multiply_adds(ResNet(depth, width, size, 1000, (0.5,) * 3, (0.5,) * 3), size)

@@ -130,7 +130,7 @@ class Ranks:
         self.rank, self.local_rank, self.world = rank, local_rank, world
         self.device, self.device_name = device, device_name
         self.control = None  # a process group for flags and for waiting, which keeps off the device
-        self.received, self.exchange = [], None
+        self.received, self.exchange = [], None  # signal and time when it came; the sum that is under way
         if world > 1:
             nccl = device.type == 'cuda' and dist.is_nccl_available()  # not on Windows
             dist.init_process_group('nccl' if nccl else 'gloo')
@@ -164,8 +164,8 @@ class Ranks:
             self.wait()
 
     def catch_signals(self):
-        """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals; a second one ends us at once."""
-        received = self.received  # the handler outlives the process group, so it has no self
+        """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals; a later second one ends us."""
+        received = self.received  # and not self: the handler lives on, and would keep the process group
 
         def remember(number, frame):
             # torchrun repeats at once what a terminal has sent to all processes
@@ -177,7 +177,7 @@ class Ranks:
                 signal.signal(getattr(signal, name), remember)
 
     def check_signals(self):
-        """Raises Stopped, in the same call on all ranks: with several one call late, so that none waits."""
+        """Raises Stopped on all ranks in the same call, if a signal came to one: a call late, none waits."""
         number = torch.tensor(self.received[0] if self.received else 0)
         if self.control:
             work = dist.all_reduce(number, dist.ReduceOp.MAX, self.control, async_op=True)
@@ -235,7 +235,7 @@ class Run:
         self.script, self.args, self.config, self.ranks = Path(script).resolve(), args, config, ranks
         self.clocks = dict(seconds=0.0, not_training=0.0, waited=0.0)
         self.rows = [(0, *self.clocks.values())]  # of each row: update, clocks
-        self.log_path, self.started, self.shown = None, clock(), 0.0
+        self.log_path, self.shown = None, 0.0
         self.live = ranks.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
         dataset = config['dataset']
         own, kind = re.fullmatch('(.*?)(-synthetic|-incomplete|)', dataset).groups()
@@ -245,14 +245,15 @@ class Run:
             self.log_path = open_log(folder, args.resume)
 
     def begin(self, columns, trn, evals, about):
-        """Starts the clocks, and the log: with its header, or with a line that the run goes on.
+        """Reads the last good checkpoint, if any, and starts the clocks and the log: with its header, or with
+        a line that the run goes on.
 
         Args:
             columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
         Returns:
-            What save() was given last, on the CPU; None for a new run.
+            What save() was given then, on the CPU; None without a checkpoint.
         Raises:
-            UserError: no checkpoint is good, though there is one; or ranks have other images than rank 0.
+            UserError: no checkpoint is good, though there is one; or rank 0 has other sets or labels.
         """
         sizes = ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
         images = f'{sizes} from {about}'
@@ -266,7 +267,7 @@ class Run:
         if state:
             self.clocks, self.rows, size = state['run']
         self.started = clock() - self.clocks['seconds']
-        if self.log_path:  # later rows will be written again
+        if self.log_path:  # rows after the checkpoint will be written again: all of them without one
             os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
         args, ranks = self.args, self.ranks
         per_pass = args.batch // ranks.world // args.accum
@@ -274,7 +275,7 @@ class Run:
         sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
         if state:
             self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
-                     f'commit {commit(sources)}{note}\n')
+                     f'commit {commit(sources)}; {images}{note}\n')
             return state
         tf32 = args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
         lines = {
@@ -334,8 +335,8 @@ class Run:
     def new_row(self, it):
         """Ends an interval between rows.
 
-        Returns: (updates per minute over the last 5000, evaluation included; images per second of training;
-        percent of training time that waited for data; time since the start, h:mm:ss).
+        Returns: (updates per minute over the last 5000, evaluation included; images per second of training
+        and percent of its time that waited for data, both since the last row; time since the start, h:mm:ss).
         """
         self.clocks['seconds'] = clock() - self.started
         self.rows.append((it, *self.clocks.values()))
@@ -364,7 +365,7 @@ class Run:
             write_checkpoint(self.path('last'), self.path('prev'), config=self.config, run=run, **state)
 
     def save_best(self, it, val_acc, net):
-        """Writes <stamp>.best.pt: the weights, a state_dict, if there are any yet."""
+        """Writes <stamp>.best.pt with the weights `net`, a state_dict; nothing if it is empty: no row yet."""
         if self.log_path and net:
             write_checkpoint(self.path('best'), config=self.config, net=net, it=it, val_acc=val_acc)
 
@@ -487,7 +488,7 @@ def read_checkpoint(path, config, *parts):
             state = torch.load(path, map_location='cpu', weights_only=True)
         theirs = state.get('config')
         theirs = theirs if isinstance(theirs, dict) and 'depth' in theirs else config
-        state |= {part: state[part] for part in parts}
+        state |= {part: state[part] for part in parts}  # a KeyError if one is missing
     except MemoryError:
         raise  # the file may be good
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
@@ -508,7 +509,8 @@ def read_checkpoint(path, config, *parts):
 def read_last_checkpoint(last, previous, config):
     """(checkpoint, '') from the path `last`, or (checkpoint, a note) from `previous`, which is renamed to it.
 
-    Without these files (None, ''). Raises UserError if neither file is good, though there is one.
+    Without these files (None, ''). Raises UserError if neither file is good, though there is one, or if the
+    disk does not answer.
     """
     problem = None
     for path in filter(Path.exists, (last, previous)):
@@ -598,7 +600,7 @@ def plain_errors():
         sys.exit(2 if isinstance(error, UserError) else 1)
     else:
         code = 0
-    if dist.is_initialized():  # after an error it may wait for ranks that are gone
+    if dist.is_initialized():  # not after an error: it might wait for ranks that are gone
         dist.destroy_process_group()
     if code:
         sys.exit(code)
