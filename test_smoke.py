@@ -459,6 +459,7 @@ def test_killed_and_resumed_weights_are_bit_identical(trial, whole):
     kill(trial, ['write_checkpoint', 'row'])
     trial.main('--resume')
     assert 0 < trial.resumed[-1] < 24
+    assert re.search(r'\nresumed .* on 1 x [^;]+; torch \S+, commit [^;]+; 204 trn, .* \w{8}\n', trial.text)
     trial.same_as(whole)
 
 
@@ -1147,6 +1148,13 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         refused('images of 28 px, but the networks take 32 or 64', opened, labels, synthetic=synthetic)
     monkeypatch.setitem(data.SETS, 'Own', own | dict(test=60))
     refused(r"holds 10 of 60 images. Correct it, or SETS\['Own'\]", opened, labels, whole=True)
+
+
+def test_data_are_prepared_once_on_each_machine():
+    calls = []
+    for rank, local_rank in ((0, 0), (1, 1), (8, 0), (9, 1)):
+        runs.Ranks(rank, local_rank).rank_0_first(calls.append, rank)
+    assert calls == [0, 8]
 
 
 def test_ranks_that_find_other_images_are_refused(monkeypatch):
@@ -2110,6 +2118,15 @@ def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
         assert runs.can_compile() is able
 
 
+def test_cuda_graphs_stand_in_the_header(trial, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
+    for variable, said in (('1', 'True, CUDA graphs'), ('0', 'True')):
+        monkeypatch.setenv('TORCHINDUCTOR_CUDAGRAPHS', variable)
+        graphs = trial.but(logs=trial.logs / variable)
+        graphs.stop(0, '--compile')
+        assert re.search(f'^compile +: {said}$', graphs.text, re.M)
+
+
 def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
     from logs import bench
     monkeypatch.setattr(bench, 'CUDA', False)
@@ -2124,7 +2141,8 @@ def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
     assert 0 <= wait < 100 and 1 < start < 60 and 200 < memory < 20000
     with monkeypatch.context() as patch:
         patch.setitem(bench.DATASETS, 32, 'none')  # what fails is NaN, and the rest goes on
-        main('logs/bench.py', '20x1:64', '--ours', '--turns', 1, '--updates', 2)
+        with pytest.raises(SystemExit, match='1'):
+            main('logs/bench.py', '20x1:64', '--ours', '--turns', 1, '--updates', 2)
     out, error = capsys.readouterr()
     assert out.split()[-6:-1] == ['nan'] * 5 and 'this failed' in error and 'none.py' in error
     bench.usual(20, 1, 32, 64, 3)  # in rows like those of our logs

@@ -230,6 +230,7 @@ def main():
     print(f'{name}, torch {torch.__version__}; medians of {args.turns} turns\n\n'
           '  net  px batch style type iter/min   img/s wait % start s memory MB limit %'
           + ' ratio' * (not args.ours))
+    failed = False
     for depth, width, size, batch in args.nets:
         with torch.device('meta'):
             macs = multiply_adds(ResNet(depth, width, size, 1000, (0.5,) * 3, (0.5,) * 3), size)
@@ -242,10 +243,13 @@ def main():
             precision = runs[0][4]
             rates[precision] = rates.get(precision) or matrix_rate(precision)
             ratio = np.median([run[0] / turn[-1][0] for run, turn in zip(runs, turns, strict=True)])
+            failed |= math.isnan(img_per_s)
             print(f'{depth:3}x{width} {size:3} {batch:5} {style:5} {precision} {60 * img_per_s / batch:8.0f} '
                   f'{img_per_s:7.0f} {wait:6.1f} {start:7.1f} {peak:9.0f} '
                   f'{100 * img_per_s * macs / rates[precision]:7.0f}'
                   f'{"" if args.ours else f" {ratio:5.2f}"}', flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == '__main__':

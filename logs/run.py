@@ -158,13 +158,16 @@ class Ranks:
 
     def rank_0_first(self, function, *arguments):
         """Calls it on rank 0, then on the first rank of each machine, which may have a disk of its own."""
-        for my_turn in (self.rank == 0, self.local_rank == 0):
+        for my_turn in (self.rank == 0, self.local_rank == 0 < self.rank):
             if my_turn:
                 function(*arguments)
             self.wait()
 
     def catch_signals(self):
-        """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals; a later second one ends us."""
+        """From now on SIGTERM, SIGINT and SIGUSR1 wait for check_signals.
+
+        Another one, a second later or more, ends the process at once.
+        """
         received = self.received  # and not self: the handler lives on, and would keep the process group
 
         def remember(number, frame):
@@ -177,7 +180,10 @@ class Ranks:
                 signal.signal(getattr(signal, name), remember)
 
     def check_signals(self):
-        """Raises Stopped on all ranks in the same call, if a signal came to one: a call late, none waits."""
+        """Once a signal has come to a rank, raises Stopped in the same call on all.
+
+        Several ranks learn of it one call late, so that none waits for the others.
+        """
         number = torch.tensor(self.received[0] if self.received else 0)
         if self.control:
             work = dist.all_reduce(number, dist.ReduceOp.MAX, self.control, async_op=True)
