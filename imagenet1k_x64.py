@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 4 imagenet1k_x64.py --depth 50    four GPUs, the same global batch
     python imagenet1k_x64.py --depth 50 --resume                goes on where that run was stopped
 
-Reference validation accuracy (JAX, seed 42, fp16): 50x1 0.711. Reference time on four RTX 3090: 10.4 hours.
+Reference validation accuracy (JAX, seed 42, fp16): 18x1 0.654, 34x1 0.681, 50x1 0.707. Reference time on four
+RTX 3090: 3.7 hours for 18x1, 10.4 for 50x1.
 """
 import argparse
 import contextlib
