@@ -157,7 +157,7 @@ class Ranks:
         return values[0]
 
     def rank_0_first(self, function, *arguments):
-        """Calls it on rank 0, then on the first rank of each machine, which may have a disk of its own."""
+        """Calls it on rank 0, then on the first rank of each other machine, which may have a disk of its own."""
         for my_turn in (self.rank == 0, self.local_rank == 0 < self.rank):
             if my_turn:
                 function(*arguments)
