@@ -1019,10 +1019,13 @@ def augment(images, draws):
 
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
-    def take():
-        return [t.pin_memory() if torch.cuda.is_available() else t for t in next(chunks)]  # else: a test
+    cuda = torch.cuda.is_available()  # else it is a test
 
-    pool, ready = ThreadPoolExecutor(1), []
+    def take():
+        return [t.pin_memory() if cuda else t for t in next(chunks)]
+
+    rank_device = torch.cuda.current_device() if cuda else -1  # a new thread would begin on device 0
+    pool, ready = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(rank_device,)), []
     try:
         while True:
             while len(ready) < 3:

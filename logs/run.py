@@ -66,9 +66,10 @@ def set_up(args, precision):
     args.precision = args.precision or (
         precision if args.device == 'cuda' else 'bf16' if args.device == 'cpu' and native_bf16 else 'fp32')
     if args.device == 'cuda':
-        if local_rank >= torch.cuda.device_count():
-            found = f'torch {torch.__version__} finds {torch.cuda.device_count()} GPUs'
-            raise UserError(f'--device cuda: {found} for local rank {local_rank}. Try --device cpu.')
+        usable = torch.cuda.device_count() if cuda else 0  # it counts those of a driver that is too old
+        if local_rank >= usable:
+            raise UserError(f'--device cuda: torch {torch.__version__} finds {usable} usable GPUs for local rank '
+                            f'{local_rank}. Try --device cpu.')
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.set_float32_matmul_precision('high')  # TF32 for the classifier, as convolutions have it
