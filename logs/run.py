@@ -68,8 +68,8 @@ def set_up(args, precision):
     if args.device == 'cuda':
         usable = torch.cuda.device_count() if cuda else 0  # it counts those of a driver that is too old
         if local_rank >= usable:
-            raise UserError(f'--device cuda: torch {torch.__version__} finds {usable} usable GPUs for local rank '
-                            f'{local_rank}. Try --device cpu.')
+            found = f'torch {torch.__version__} finds {usable} usable GPUs'
+            raise UserError(f'--device cuda: {found} for local rank {local_rank}. Try --device cpu.')
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.set_float32_matmul_precision('high')  # TF32 for the classifier, as convolutions have it
@@ -158,7 +158,7 @@ class Ranks:
         return values[0]
 
     def rank_0_first(self, function, *arguments):
-        """Calls it on rank 0, then on the first rank of each other machine, which may have a disk of its own."""
+        """Calls it on rank 0, then on the first of each other machine, which may have a disk of its own."""
         for my_turn in (self.rank == 0, self.local_rank == 0 < self.rank):
             if my_turn:
                 function(*arguments)
