@@ -689,6 +689,17 @@ def test_prefetching_gives_the_same_batches_and_hands_over_errors():
         next(chunks)
 
 
+def test_the_thread_that_reads_ahead_stays_on_the_gpu_of_its_rank(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: tensor)
+    chunks = data.ahead(itertools.repeat([torch.ones(1)]))
+    assert next(chunks) == [1] and chosen == [3]
+    chunks.close()
+
+
 @pytest.mark.parametrize('files,ranks,workers', [
     ({}, 1, 16), ({}, 8, 2), ({}, 32, 1), ({'cpu.max': 'max 100000\n'}, 1, 16), ({'cpu.max': ''}, 1, 16),
     ({'cpu.max': '400000 100000\n'}, 1, 4), ({'cpu.max': '50000 100000'}, 1, 1),
@@ -1057,9 +1068,11 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch):
             (here, {data.INCOMPLETE: ''}, 'holds 250 of 50000 images'),
             ([*here, '--batch', 512], {}, '512.* 204 training images'),
             # no shell has replaced this ~; and what is empty in the environment is not there
-            (['--data-dir=~/home', '--batch', 512], dict(HOME=tmp_path, WORLD_SIZE=''), '204'),
-            *([] if torch.cuda.is_available() else [(['--device', 'cuda'], {}, 'GPU.*--device cpu')])):
+            (['--data-dir=~/home', '--batch', 512], dict(HOME=tmp_path, WORLD_SIZE=''), '204')):
         refused(words, main, *SHORT, '--log-dir', tmp_path, *flags, **env)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)  # with a driver that is too old
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    refused('finds 0 usable GPUs.*--device cpu', main, *SHORT, '--log-dir', tmp_path, '--device', 'cuda')
     says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
 
 
