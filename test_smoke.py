@@ -1658,6 +1658,8 @@ def test_a_log_that_contradicts_itself_is_found(repository):
         assert not [problem for problem in tables.check(repository) if str(path) in problem]
     shutil.move(path, path.parents[1] / '2')
     assert any(f'{RUN.parts[-3]}/1' in problem for problem in tables.check(repository))
+    renamed = (path.parents[1] / '2' / path.name).rename(path.with_name('1.log'))
+    assert f'{renamed}: its name is not the time of its start' in ' '.join(tables.check(repository))
 
 
 def test_logs_of_today_and_of_long_and_resumed_runs_are_accepted(whole, repository):

@@ -106,6 +106,8 @@ def contradictions(log, logs):
         yield f'the header has params {config["params"]}, resnet.py {count_parameters(*shape)}'
     if logs / place != log.path.parent:
         yield f'with these settings it belongs into {place}'
+    if not re.fullmatch(r'\d{8}-\d{6}', log.path.stem):
+        yield 'its name is not the time of its start, like 20261124-183000.log'
     every = int(rows[0]['iter']) if rows else 1
     complete = [*range(every, config['iters'], every), config['iters']]
     if [int(row['iter']) for row in rows] != (complete if log.result else complete[:len(rows)]):
