@@ -5,7 +5,7 @@
     python imagenet2012.py --depth 50 --eval resnet50.pth        torchvision's weights, evaluated like ours
 
 Reference validation accuracy (JAX, seed 42, fp16): 18x1 0.702, 34x1 0.740, 50x1 0.767, 101x1 0.784, and 152x1
-with --batch 1024 0.792. Reference time: 5.4 hours for 18x1 on four RTX 3090, 7.0 for 50x1 on eight.
+with --batch 1024 0.792. Reference time: 5.7 hours for 18x1 on four RTX 3090, 6.9 for 50x1 on eight.
 """
 import argparse
 import contextlib

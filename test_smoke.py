@@ -1,4 +1,4 @@
-"""The tests: `python -m pytest test_smoke.py`, under four minutes on two cores, no network and no GPU needed.
+"""The tests: `python -m pytest test_smoke.py`, on Linux, four minutes on two cores, no network, no GPU.
 
     python test_smoke.py --sync        copies imports and tail of cifar10_x32.py into the other scripts
     python test_smoke.py --kill 20     kills runs at 20 random moments each and resumes them, minutes
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -42,6 +41,13 @@ import data
 import resnet
 from logs import run as runs
 from logs import table as tables
+
+try:
+    import resource
+except ImportError:  # Windows lacks it
+    resource = None
+pytestmark = pytest.mark.skipif(
+    sys.platform != 'linux', reason='the tests look into /proc and limit processes as Linux does')
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = [name.lower() for name in data.SETS]

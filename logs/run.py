@@ -81,13 +81,18 @@ def set_up(args, precision):
             raise UserError(f'--device mps: {reason}. Use --device cpu.')
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
-        cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-        name = re.search(r'model name\s*: (.*)|$', cpuinfo)[1] or platform.machine()
-        device, name = torch.device(args.device), f'{name}, {torch.get_num_threads()} threads'
+        device, name = torch.device(args.device), cpu_name()
     if args.compile and cuda_graphs() and (world > 1 or args.accum > 1):
         raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
                         'unset the variable.')
     return Ranks(rank, local_rank, world, device, name)
+
+
+def cpu_name():
+    """'AMD EPYC, 2 threads': the processor, and how many threads compute."""
+    cpuinfo = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    name = re.search(r'model name\s*: (.*)|$', cpuinfo)[1] or platform.machine()
+    return f'{name}, {torch.get_num_threads()} threads'
 
 
 def ranks_of_environment():

@@ -378,7 +378,10 @@ def check(root, write=False):
 # ---- curves ----
 
 def plot(root):
-    """Draws a picture of every data set that has runs; returns what is wrong with the logs."""
+    """Draws a picture of every data set that has runs, of each net those that went furthest.
+
+    Returns what is wrong with the logs, in sentences.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator
@@ -386,7 +389,10 @@ def plot(root):
         raise UserError('Drawing needs matplotlib: python -m pip install matplotlib') from error
     reference = read_reference(root / 'logs')
     logs, problems = read_logs(root / 'logs', {row['dataset'] for row in reference})
-    lines = [(row, runs) for row, runs in make_lines(reference, logs)[0] if runs]
+    lines = [line for line in make_lines(reference, logs)[0] if line[1]]
+    furthest = {(line[0]['dataset'], net(line[0])): line
+                for line in sorted(lines, key=lambda line: len(line[1][0].rows))}
+    lines = [line for line in lines if line in furthest.values()]
     for dataset in {row['dataset'] for row, _ in lines}:
         figure = Figure(figsize=(7.5, 4.3), dpi=140, layout='constrained')
         panels = ('training loss', 'trn_loss', 'log'), ('validation accuracy', 'val_acc', 'linear')
