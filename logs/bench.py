@@ -44,6 +44,7 @@ from resnet import STAGES, ResNet, multiply_adds  # noqa: E402
 
 DATASETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  # pixels -> data set, script
 CUDA = torch.cuda.is_available()
+DEVICE = 'cuda' if CUDA else 'cpu'
 NETS = ['20x1', '20x4', '56x1', '18x1', '18x1@64', '50x1@224'] if CUDA else ['20x1', '18x1:64', '50x1@224:16']
 STYLES = ['ours', 'graphs', 'eager', 'usual'] if CUDA else ['ours', 'usual']
 
@@ -66,9 +67,8 @@ class Images(torch.utils.data.Dataset):
         from torchvision import transforms
         self.facts = data.SETS[DATASETS[size]]
         self.images, self.labels = data.synthetic_arrays(DATASETS[size], batch)[0]
-        crop = transforms.RandomCrop(size, 4) if size < 224 else transforms.RandomResizedCrop(size)
         self.transform = transforms.Compose([
-            crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.RandomCrop(size, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize(self.facts['mean'], self.facts['std'])])
 
     def __len__(self):
@@ -80,7 +80,8 @@ class Images(torch.utils.data.Dataset):
 
 def usual(depth, width, size, batch, iters):
     """Trains in the style of most published CIFAR scripts, printing rows as our logs have them."""
-    device, images = 'cuda' if CUDA else 'cpu', Images(size, batch)
+    device, images = DEVICE, Images(size, batch)
+    torch.backends.cudnn.benchmark = True
     sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=batch * iters)
     loader = torch.utils.data.DataLoader(images, batch, sampler=sampler, pin_memory=CUDA,
                                          num_workers=min(8, torch.get_num_threads()))
@@ -129,7 +130,8 @@ def measure(style, depth, width, size, batch, iters):
     with tempfile.TemporaryDirectory() as folder:
         command = [style, depth, width, size, batch, iters] if style == 'usual' else [
             style, ROOT / f'{DATASETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
-            '--batch', batch, '--iters', iters, '--log-dir', folder, *['--no-compile'] * (style == 'eager')]
+            '--batch', batch, '--iters', iters, '--log-dir', folder, '--device', DEVICE,
+            *{'graphs': ['--compile'], 'eager': ['--no-compile']}.get(style, [])]
         command = [sys.executable, __file__, '--child', *map(str, command)]
         start, first, rows, peak, precision = time.perf_counter(), None, [], 0.0, 'fp32'
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -154,7 +156,7 @@ def matrix_rate(precision):
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it by default
     dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}[precision]
     side, best = 8192 if CUDA else 2048, math.inf
-    a = torch.ones(side, side, dtype=dtype, device='cuda' if CUDA else 'cpu')
+    a = torch.ones(side, side, dtype=dtype, device=DEVICE)
     for _ in range(5):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
