@@ -312,19 +312,18 @@ def decode(data, path):
     EXIF orientation is ignored, as everywhere in ImageNet practice. Raises UserError with the path.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # 'Corrupt EXIF data': harmless
-            image = Image.open(io.BytesIO(data))
-            if image.mode.startswith('I'):  # 16 bits: convert() would clip them
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return image.convert('RGB')
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith('I'):  # 16 bits: convert() would clip them
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        return image.convert('RGB')
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f'{path} is damaged ({error}). Fetch it again: no image is ever skipped.') from error
 
 
 def on_all_cores(work, items):
     """Yields work(item) for each, in order. Threads: pillow decodes outside of the interpreter lock."""
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+        warnings.simplefilter('ignore')  # 'Corrupt EXIF data': harmless; threads cannot do this by themselves
         for first in range(0, len(items), 2048):  # or what is not taken yet would fill the memory
             yield from pool.map(work, items[first:first + 2048])
 
@@ -619,12 +618,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     Args:
         name: a key of SETS. data_dir: the folder that holds <name>/. batch: images in a global batch.
         eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
-        batches are wanted; arrays go there at once, on CUDA if they take less than half of the free memory.
+        batches are wanted; arrays that it has room for go there at once.
         rank, world: of the processes that train. synthetic: generated images. workers: processes that decode
         files for this rank; None: as many as it has cores, 0: none. trained_elsewhere: the evaluation sets
         are for given weights, with which only labels in the order of all classes agree.
     Returns:
-        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: their origin);
+        (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: how many images
+        from where, str: CRC-32 of the labels of training and validation, in their order);
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     """
     facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
@@ -635,13 +635,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, say=rank == 0)
         check_parts(name, data_dir, parts, len(wnids), trained_elsewhere, batch)
-        about = f'{about}, {label_checksum(parts)}, decoded by {jpeg_decoder()[0]}'
+        about, crc = f'{about}, decoded by {jpeg_decoder()[0]}', label_checksum(parts)
         shared = device, default_workers() if workers is None else workers, rank, world
         trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
         few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
         evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
                  for key, images in parts.items()}
-        return trn, evals, about
+        return trn, evals, f'{sizes(trn, evals)} from {about}', crc
 
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
@@ -654,14 +654,24 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     if not synthetic:
         known = name in SOURCES and len(class_names(data_dir / name)) or facts['classes']
         check_parts(name, data_dir, parts, known, trained_elsewhere, batch)
-    about = f'{about}, {label_checksum(parts)}'
-    size = sum(t.nbytes for arrays in parts.values() for t in arrays)
-    fits = device.type != 'cuda' or size < torch.cuda.mem_get_info(device)[0] / 2
-    if fits and device.type != 'cpu':  # or else they stay in mapped files
-        parts = {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in parts.items()}
+    crc = label_checksum(parts)
+    used = {key: arrays for key, arrays in parts.items() if key != 'train' or not trained_elsewhere}
+    if sum(t.nbytes for arrays in used.values() for t in arrays) < room(device):
+        parts |= {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in used.items()}
     trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
     evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
-    return trn, evals, about
+    return trn, evals, f'{sizes(trn, evals)} from {about}', crc
+
+
+def sizes(trn, evals):
+    return ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
+
+
+def room(device):
+    """Bytes of arrays that are better on the device than in mapped files: none on the CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0] / 2
+    return 2 ** 31 * (device.type != 'cpu')  # MPS reads zeros from larger ones (pytorch issue 188756)
 
 
 def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
@@ -696,9 +706,9 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
 
 
 def label_checksum(parts):
-    """Of all labels, in their order: machines that train together must have the same."""
-    labels = b''.join(np.asarray(images.labels).tobytes() for images in parts.values())
-    return f'CRC-32 of the labels {zlib.crc32(labels):08x}'
+    """CRC-32 of the labels of training and validation: all ranks, and a run that goes on, have the same."""
+    labels = b''.join(np.asarray(parts[key].labels).tobytes() for key in ('train', 'val'))
+    return f'{zlib.crc32(labels):08x}'
 
 
 # ---- opening: arrays ----
@@ -706,7 +716,7 @@ def label_checksum(parts):
 class Arrays:
     """Images with their labels: uint8 N x S x S x 3 and int64 N, which it unpacks to; its len is N.
 
-    They are on a device or in memory, the images maybe in a mapped_file (mmap).
+    They are on a device or in memory, the images maybe in a mapped_file (mmap), where writing is fatal.
     """
 
     def __init__(self, images, labels, mapped_file=None):
@@ -741,9 +751,11 @@ def read_arrays(name, folder, remedy=None):
         arrays = []
         for file in (images_file := f'{which}_images.npy', labels_file := f'{which}_labels.npy'):
             try:
-                arrays.append(np.load(folder / file, mmap_mode='c' if file == images_file else None))
+                # not 'c', which Linux counts as memory
+                arrays.append(np.load(folder / file, mmap_mode='r' if file == images_file else None))
             except (OSError, ValueError, EOFError) as error:
-                raise UserError(f'{name}: {file} cannot be read ({error}). {remedy}') from error
+                advice = '' if isinstance(error, OSError) else f' {remedy}'  # the file may be good
+                raise UserError(f'{name}: {file} cannot be read ({error}).{advice}') from error
         images, labels = arrays
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             raise UserError(f'{name}: {images_file} holds {images.dtype} {images.shape}, '
@@ -757,7 +769,9 @@ def read_arrays(name, folder, remedy=None):
         if len(images) != full and not incomplete_allowed():
             raise UserError(f'{name}: {images_file} holds {len(images)} of {full} images. {remedy} '
                             f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
-        parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that one must not write to the images
+            parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
     about = folder / 'about.txt'
     return *parts, about.read_text('utf-8', 'replace').strip() if about.exists() else 'ready-made arrays'
 
@@ -801,7 +815,7 @@ class EncodedImages:
             start, end = self.starts[i:i + 2].tolist()
             return np.fromfile(self.path, np.uint8, end - start, offset=start), where
         except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}. Put it back, then go on with --resume.') \
+            raise UserError(f'{error.filename}: {error.strerror}. Mend that, then go on with --resume.') \
                 from error
 
 
@@ -1090,10 +1104,10 @@ class JpegBatches(torch.utils.data.Dataset):
         """The piece (uint8 N x 3 x 224 x 224, int64 N) of batch `key[0]` from `key[1]` on, or an error."""
         number, first = key
         count = min(PIECE, self.batch - first)
-        black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), IGNORE
+        black = torch.zeros(CROP, CROP, 3, dtype=torch.uint8), torch.tensor(IGNORE)
         try:
             piece = [(crop(decode_tensor(*self.images.read(i))).permute(1, 2, 0),
-                      self.images.labels[i].item()) for i, crop in self.crops(number, first, count)]
+                      torch.tensor(self.images.labels[i])) for i, crop in self.crops(number, first, count)]
         except UserError as error:
             return error  # raised in a loader process, it would come with a traceback
         # in a loader process this writes into shared memory
@@ -1137,11 +1151,12 @@ class JpegBatches(torch.utils.data.Dataset):
             try:
                 yield from loader
             except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                if str(error).startswith('Caught '):  # and handed over, with its traceback: nobody died
-                    raise
-                reason = (str(error).splitlines() or ['no answer'])[0]
-                raise OSError(f'A loader process died ({reason}). If memory or /dev/shm is full, a smaller '
-                              '--workers helps; go on with --resume.') from error
+                if str(error).startswith('Caught ') and 'shared memory' not in str(error):
+                    raise  # handed over, with its traceback: nobody died
+                reason = (str(error).splitlines() or ['no answer'])[-1]
+                raise OSError(f'A loader process died ({reason}). If memory is full, a smaller --workers '
+                              'helps; if /dev/shm is, more of it (docker run --shm-size 8g) or --workers 0. '
+                              'Go on with --resume.') from error
         finally:
             loader = None  # asks the processes to end, unless a traceback keeps it
             end()
@@ -1167,8 +1182,12 @@ def keep_freed_memory():
 
 
 def default_workers():
-    """One for each core that this process may use, shared among the ranks of this machine."""
-    return max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1))
+    """One for each core that this process may use, shared among the ranks of this machine; at most 64.
+
+    Each takes four of the main process's open files, of which it often may have 1024, and there are those of
+    training and of an evaluation at a time.
+    """
+    return min(64, max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1)))
 
 
 class JpegTrainBatches(JpegBatches):
@@ -1263,13 +1282,12 @@ def decode_tensor(encoded, path):
     """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
     name, function = jpeg_decoder()
     turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16].tobytes()  # it obeys the orientation
-    if function and not turns:
-        with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
-            image = function(torch.from_numpy(encoded))
-            if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
-                return image.expand(3, -1, -1)
-    return torch.from_numpy(np.array(decode(encoded.tobytes(), path))).permute(2, 0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
+        with contextlib.suppress(RuntimeError, ValueError):
+            if function and not turns and len(image := function(torch.from_numpy(encoded))) in (1, 3):
+                return image.expand(3, -1, -1)  # grey or RGB; CMYK is pillow's
+        return torch.from_numpy(np.array(decode(encoded.tobytes(), path))).permute(2, 0, 1)
 
 
 @functools.cache

@@ -115,9 +115,10 @@ def main():
     if not args.synthetic:
         ranks.rank_0_first(data.prepare, DATASET, args.data_dir)
     per_pass = args.batch // world // args.accum  # images that go through one rank's net at once
-    trn, evals, about = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
-                                  ranks.rank, world, args.synthetic, args.workers,
-                                  trained_elsewhere=bool(args.eval))
+    trn, evals, about, crc = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
+                                       ranks.rank, world, args.synthetic, args.workers,
+                                       trained_elsewhere=bool(args.eval))
+    ranks.require_same(f'{about}, CRC-32 of the labels {crc}')
 
     # network, optimizer and the two forward passes
     facts = data.SETS[DATASET]
@@ -152,7 +153,7 @@ def main():
         load_weights(net, args.eval, shape)
         results = {name: evaluate(net, evl_forward, batches, ranks) for name, batches in evals.items()}
         if ranks.rank == 0:
-            print(evaluation_lines(results, evals), end='')
+            print(f'{about}\n{evaluation_lines(results, evals)}', end='')
         return
 
     # a new run, or the newest unfinished one from its last checkpoint on
@@ -160,11 +161,11 @@ def main():
     best_acc, best_nll, best_net = -1.0, 0.0, {}
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     kind = '-synthetic' if args.synthetic else '-incomplete' if data.incomplete_allowed() else ''
-    config = shape | dict(dataset=DATASET + kind, params=parameters(net), seed=args.seed, batch=args.batch,
-                          iters=args.iters, lr=args.lr, wd=args.wd, precision=args.precision,
-                          momentum=MOMENTUM, warmup=WARMUP)
+    config = shape | dict(dataset=DATASET + kind, labels_crc32=crc, params=parameters(net), seed=args.seed,
+                          batch=args.batch, iters=args.iters, lr=args.lr, wd=args.wd,
+                          precision=args.precision, momentum=MOMENTUM, warmup=WARMUP)
     run = Run(__file__, args, config, ranks)
-    if state := run.begin(COLUMNS, trn, evals, about):  # its last checkpoint
+    if state := run.begin(COLUMNS, trn, about):  # its last checkpoint
         net.load_state_dict(state['net'])
         groups = optimizer.state_dict()['param_groups']  # as set above: `fused` is the device's
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
@@ -196,7 +197,7 @@ def main():
                 is_best = val_acc > best_acc
                 if is_best:
                     best_it, best_acc, best_nll = it, val_acc, val_nll
-                    best_net = {name: t.clone() for name, t in net.state_dict().items()}
+                    best_net = {name: t.to('cpu', copy=True) for name, t in net.state_dict().items()}
                 mean_lr = sum(lr_at(i, args.iters, args.lr) for i in range(row_it, it)) / (it - row_it)
                 seen = (it - row_it) * args.batch
                 iter_per_min, img_per_s, wait_percent, elapsed = run.new_row(it)

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -279,7 +280,7 @@ def save_arrays(folder, which, images, labels):
 
 def load(folder, rank=0, world=1, name='imagenet2012', seed=7, batch=8, eval_batch=4, device='cpu', workers=0,
          **options):
-    """(training batches, {name: evaluation batches}, their origin)"""
+    """(training batches, {name: evaluation batches}, their origin, CRC-32 of the labels)"""
     return data.load(name, folder, batch, eval_batch, seed, device, rank, world, workers=workers, **options)
 
 
@@ -465,7 +466,7 @@ def test_killed_and_resumed_weights_are_bit_identical(trial, whole):
     kill(trial, ['write_checkpoint', 'row'])
     trial.main('--resume')
     assert 0 < trial.resumed[-1] < 24
-    assert re.search(r'\nresumed .* on 1 x [^;]+; torch \S+, commit [^;]+; 204 trn, .* \w{8}\n', trial.text)
+    assert re.search(r'\nresumed .* on 1 x [^;]+; .*, commit [^;]+; 1 x 1 x 32 .*; 204 trn, .*\n', trial.text)
     trial.same_as(whole)
 
 
@@ -684,6 +685,15 @@ def test_all_kinds_of_files_are_decoded_as_pillow_does(name, missing, monkeypatc
         refused('some/where.JPEG is damaged', decoded, damaged, 'some/where.JPEG')
 
 
+def test_decoding_in_threads_warns_of_nothing_and_leaves_warnings_as_they_are(
+        monkeypatch, recwarn):
+    monkeypatch.setattr(data, 'usable_cores', lambda: 8)
+    filters, cut_short = warnings.filters[:], b'Exif\0\0MM\0*\0\0\0\x08\0\xff'
+    file = encoded(picture(np.random.default_rng(0), 200, 300), exif=cut_short)
+    images = list(data.on_all_cores(functools.partial(data.decode, path='x'), [file] * 400))
+    assert len(images) == 400 and not recwarn.list and warnings.filters == filters
+
+
 def test_prefetching_gives_the_same_batches_and_hands_over_errors():
     def broken():
         for i in range(5):
@@ -707,23 +717,44 @@ def test_the_thread_that_reads_ahead_stays_on_the_gpu_of_its_rank(monkeypatch):
 
 
 @pytest.mark.parametrize('files,ranks,workers', [
-    ({}, 1, 16), ({}, 8, 2), ({}, 32, 1), ({'cpu.max': 'max 100000\n'}, 1, 16), ({'cpu.max': ''}, 1, 16),
+    ({}, 1, 64), ({}, 32, 8), ({}, 512, 1), ({'cpu.max': 'max 100000\n'}, 8, 32), ({'cpu.max': ''}, 8, 32),
     ({'cpu.max': '400000 100000\n'}, 1, 4), ({'cpu.max': '50000 100000'}, 1, 1),
-    ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 1, 16),
+    ({'cpu/cpu.cfs_quota_us': '-1\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 8, 32),
     ({'cpu/cpu.cfs_quota_us': '300000\n', 'cpu/cpu.cfs_period_us': '100000\n'}, 1, 3)])
 def test_cores_are_shared_among_the_ranks_of_a_machine(tmp_path, monkeypatch, files, ranks, workers):
     write_tree(tmp_path, files)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(16))
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(256))
     monkeypatch.setattr(data, 'CGROUPS', tmp_path)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
     assert data.default_workers() == workers
+
+
+def test_arrays_larger_than_memory_are_mapped(tmp_path, recwarn):
+    """ImageNet1k_x64 has 15 GB; a mapping that Linux counts as memory would fail."""
+    memory = re.findall(r'(?:MemTotal|SwapTotal): +(\d+)', Path('/proc/meminfo').read_text())  # kB
+    count, folder = sum(map(int, memory)) // 10, tmp_path / 'TinyImageNet200_x64'
+    folder.mkdir()
+    save_arrays(folder, 'test', *arrays(50, 64))
+    np.save(folder / 'train_labels.npy', np.arange(count) * 7 % 200)
+    with open(folder / 'train_images.npy', 'wb') as file:  # a hole, which takes no disk
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr='|u1', fortran_order=False, shape=(count, 64, 64, 3)))
+        file.truncate(file.tell() + count * 64 * 64 * 3)
+    trn, evals, *_ = load(tmp_path, name=folder.name, device='meta')  # not CUDA, so it has room for 2 GiB
+    assert trn.arrays.images.device.type == 'cpu' and not recwarn.list
+    folder = folder.rename(folder.with_name('CIFAR10_x32'))
+    for which, n in (('train', 250), ('test', 50)):
+        save_arrays(folder, which, *arrays(n))
+    for weights, where in ((False, 'meta'), (True, 'cpu')):  # an evaluation needs no training images
+        trn, evals, *_ = load(tmp_path, name=folder.name, device='meta', trained_elsewhere=weights)
+        assert trn.arrays.images.device.type == where and evals['val'].arrays.images.is_meta
 
 
 def test_memory_does_not_grow_with_mapped_arrays(tmp_path):
     def resident():
         return int(Path('/proc/self/status').read_text().split('RssFile:')[1].split()[0]) / 1024
     np.lib.format.open_memmap(tmp_path / 'x.npy', 'w+', np.uint8, (20000, 64, 64, 3)).flush()  # 245 MB
-    array = np.load(tmp_path / 'x.npy', mmap_mode='c')
+    array = np.load(tmp_path / 'x.npy', mmap_mode='r+')
     mapped = data.Arrays(torch.from_numpy(array), torch.zeros(20000, dtype=torch.long), array.base)
     batches = data.TrainBatches(mapped, 256, 0, 'cpu').batches(0)
     take(batches, 20)
@@ -963,6 +994,15 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     with pytest.raises(OSError, match='A loader process died .*--workers'):
         take(batches, 99)
 
+    def full(*key):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left')
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r'\(R.*No space left\).*--shm-size'):
+        patch.setattr(data.JpegBatches, '__getitem__', full)
+        next(load(tmp_path, workers=1)[0].batches(0))
+    with monkeypatch.context() as patch:  # what is put there later can be lost without a word
+        patch.setattr('torch.utils.data._utils.worker._worker_info', 'as in a loader process')
+        assert [t.is_shared() for t in load(tmp_path)[0][0, 0]] == [True, True]
+
     def broken(tensor, device):
         raise RuntimeError('device-side assert')
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^device-side assert$'):
@@ -1157,7 +1197,7 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     opened(labels, trained_elsewhere=True)
     opened(labels * 0, labels[:10] * 0)  # a single class is no order
     shuffled = [opened(labels[np.random.default_rng(seed).permutation(100)]) for seed in range(2)]
-    assert len(shuffled[0][1]['val']) == 20 and shuffled[0][2] != shuffled[1][2]  # their checksums
+    assert len(shuffled[0][1]['val']) == 20 and shuffled[0][3] != shuffled[1][3]  # their checksums
     refused('Own: val .* such as class 4', opened, torch.cat([torch.arange(90) % 4, labels[90:]]))
     refused('Own: tst .* such as class 4', opened, torch.arange(100) % 4, labels[90:])
     monkeypatch.setitem(data.SETS, 'Own', own | dict(train=90, val=10))
@@ -1176,14 +1216,21 @@ def test_data_are_prepared_once_on_each_machine():
     assert calls == [0, 8]
 
 
-def test_ranks_that_find_other_images_are_refused(monkeypatch):
-    """Each machine may have a disk of its own; here rank 0 says what it has found."""
-    run = runs.Run.__new__(runs.Run)
-    run.ranks = runs.Ranks(rank=1, world=1)
-    for theirs in ('8 val from x', '9 val from y'):
-        monkeypatch.setattr(run.ranks, 'from_rank_0', lambda ours, x=theirs: ours.replace('9 val from x', x))
-        refused(f'rank 1 has images 5 trn, 9 val from x; rank 0 has 5 trn, {theirs}: give',
-                run.begin, '', range(5), {'val': range(9)}, 'x')
+def test_other_images_are_refused(trial, monkeypatch):
+    """On a rank, since each machine may have a disk of its own: here rank 0 says what it has found. And in a
+    run that goes on."""
+    images = r'204 trn, 46 val, 50 tst from ready-made arrays, CRC-32 of the labels \w+'
+    for ours, theirs in (('46 val', '45 val'), ('arrays', 'images'), ('labels', 'labels 0')):
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Ranks, 'from_rank_0', lambda self, text, a=ours, b=theirs: text.replace(a, b))
+            for flags in ([], ['--eval', 'none']):
+                refused(f'rank 0 has images {images}; rank 0 has {images.replace(ours, theirs)}: give',
+                        trial.main, *flags)
+    trial.stop(5)
+    before = trial.text
+    monkeypatch.setattr(data, 'label_checksum', lambda parts: 'others')
+    refused(r'was made with labels_crc32 \w{8}, here it is others', trial.main, '--resume')
+    assert trial.text == before
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(trial):
@@ -1241,7 +1288,7 @@ def test_tiny_imagenet(tiny):
     blocks = images.numpy().reshape(12, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
     assert np.array_equal(small, np.floor(blocks + 0.5)) and torch.equal(same_labels, labels)
     assert (tiny / 'TinyImageNet200_x32/classes.txt').read_text() == 'n01 one, first\nn02 two\nn03\n'
-    trn, evals, _ = load(tiny, name='TinyImageNet200_x64', batch=4)
+    trn, evals, *_ = load(tiny, name='TinyImageNet200_x64', batch=4)
     assert (len(trn), len(evals['val']), len(evals['tst'])) == (9, 3, 3)  # 12 * 81920 / 100000
 
 
@@ -1293,7 +1340,7 @@ def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
     assert np.array_equal(images, pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
     assert (labels + 1).tolist() == sum([batch['labels'] for batch in train], [])
     assert (test_labels + 1).tolist() == val['labels'] and 'own order' in about
-    trn, evals, _ = load(tmp_path, name=name)
+    trn, evals, *_ = load(tmp_path, name=name)
     assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
 
 
@@ -1411,7 +1458,7 @@ def test_test_sets_of_imagenet(imagenet):
     """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
     import imagenet2012
     refused('holds 55 of 1281167 .* in 11 of 1000', data.prepare, 'imagenet2012', imagenet, whole=True)
-    _, evals, _ = load(imagenet)
+    evals = load(imagenet)[1]
     assert list(evals) == ['val', 'IN-V2', 'IN-R']
     assert evals['IN-V2'].images.labels.tolist() == [0, 1, 10, 2] and evals['IN-V2'].absent is None
     assert evals['IN-R'].images.labels.tolist() == [1, 1, 2, 2]
@@ -1430,7 +1477,7 @@ def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, capsys):
     class_folders(tmp_path / 'imagenet-a', ['n99999999'], 1)
     (tmp_path / 'imagenet-r').mkdir()
     write_tree(tmp_path, {'imagenetv2-matched-frequency-format-val/a.jpeg': ''})
-    evals, about = load(tmp_path)[1:]
+    _, evals, about, _ = load(tmp_path)
     assert list(evals) == ['val', 'IN-Sketch'] and evals['IN-Sketch'].images.labels.tolist() == [0, 1]
     assert f'decoded by {data.jpeg_decoder()[0]}' in about
     left_out = capsys.readouterr().err.splitlines()
@@ -1923,7 +1970,9 @@ def test_the_commit_in_the_header_is_that_of_the_sources(tmp_path, monkeypatch):
 
 def test_eval_reproduces_the_result(trial, whole, capsys):
     trial.main('--eval', whole.path('best'))
-    assert capsys.readouterr().out == re.search('^val .*\ntst .*\n', whole.output, re.M)[0]
+    images, lines = capsys.readouterr().out.split('\n', 1)
+    assert images == '204 trn, 46 val, 50 tst from ready-made arrays'
+    assert lines == re.search('^val .*\ntst .*\n', whole.output, re.M)[0]
 
 
 def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, capsys):
@@ -1942,7 +1991,7 @@ def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_pat
                   '--device', 'cpu', '--workers', 0, '--eval', tmp_path / 'resnet18.pth')
     trial.main()
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 3
+    assert len(printed.splitlines()) == 4
     accuracy, nll = re.search(r'^val +acc (\S+) +nll (\S+) +22 images', printed, re.M).groups()
     assert float(accuracy) == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-4)
     assert float(nll) == pytest.approx(F.cross_entropy(logits, labels).item(), rel=2e-3)
@@ -1951,7 +2000,7 @@ def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_pat
     (tmp_path / 'imagenet2012/val').symlink_to(imagenet / 'imagenet2012/val')
     shutil.copy(imagenet / 'meta.mat', tmp_path)
     trial.main('--data-dir', tmp_path)
-    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:1]
+    assert capsys.readouterr().out.splitlines()[1:] == printed.splitlines()[1:2]
 
 
 def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
@@ -2128,14 +2177,18 @@ def test_no_update_waits_for_the_gpu(tmp_path, mine):
     script = mine((first, strict + first), (last, last + '            torch.cuda.set_sync_debug_mode(0)\n'))
     for flags in (['--precision', 'fp16'], ['--precision', 'fp32', '--no-compile'], ['--accum', 2]):
         run(script, '--synthetic', '--iters', 20, *flags, '--log-dir', tmp_path)
+    for path in tmp_path.rglob('*.best.pt'):  # for everybody
+        assert all(t.is_cpu for t in torch.load(path, weights_only=True)['net'].values())
 
 
 def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
     def no_compiler():
         raise RuntimeError('Failed to find C compiler')
-    for there, backend, able in ((False, str, False), (True, no_compiler, False), (True, str, True)):
+    for there, backend, known, able in ((False, str, True, False), (True, no_compiler, True, False),
+                                        (True, str, False, False), (True, str, True, True)):
         monkeypatch.setattr('torch.utils._triton.has_triton', lambda there=there: there)
         monkeypatch.setattr('torch.utils._triton.triton_backend', backend)
+        monkeypatch.setattr('torch._dynamo.is_dynamo_supported', lambda known=known: known)
         assert runs.can_compile() is able
 
 
@@ -2151,6 +2204,7 @@ def test_cuda_graphs_stand_in_the_header(trial, monkeypatch):
 def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):
     from logs import bench
     monkeypatch.setattr(bench, 'CUDA', False)
+    monkeypatch.setattr(bench, 'DEVICE', 'cpu')
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     assert [bench.net(text) for text in ('18x1', '20x4:64', '50x1@224:16')] == [
         (18, 1, 32, 256), (20, 4, 32, 64), (50, 1, 224, 16)]

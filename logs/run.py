@@ -81,7 +81,7 @@ def set_up(args, precision):
             raise UserError(f'--device mps: {reason}. Use --device cpu.')
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
-        device, name = torch.device(args.device), cpu_name()
+        device, name = torch.device(args.device), cpu_name() + ', MPS' * (args.device == 'mps')
     if args.compile and cuda_graphs() and (world > 1 or args.accum > 1):
         raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
                         'unset the variable.')
@@ -113,10 +113,11 @@ def ranks_of_environment():
 
 
 def can_compile():
-    """torch.compile needs Triton on CUDA; Triton a C compiler, Python.h and a GPU that is not too old."""
+    """torch.compile needs a Python that it knows and Triton; Triton a C compiler, Python.h, no old GPU."""
     try:
+        from torch._dynamo import is_dynamo_supported
         from torch.utils._triton import has_triton, triton_backend
-        return has_triton() and triton_backend() is not None
+        return is_dynamo_supported() and has_triton() and triton_backend() is not None
     except Exception:  # of many kinds, down to those of the C compiler
         return False
 
@@ -161,6 +162,12 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
+
+    def require_same(self, images):
+        """Raises UserError on a rank whose `images`, a text, are not those of rank 0."""
+        if (first := self.from_rank_0(images)) != images:  # machines may have disks of their own
+            raise UserError(f'rank {self.rank} has images {images}; rank 0 has {first}: give all machines '
+                            'the same data and packages.')
 
     def rank_0_first(self, function, *arguments):
         """Calls it on rank 0, then on the first of each other machine, which may have a disk of its own."""
@@ -256,22 +263,17 @@ class Run:
             folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
             self.log_path = open_log(folder, args.resume)
 
-    def begin(self, columns, trn, evals, about):
+    def begin(self, columns, trn, about):
         """Reads the last good checkpoint, if any, and starts the clocks and the log: with its header, or with
         a line that the run goes on.
 
         Args:
-            columns: titles of the rows. trn: training batches. evals: {name: batches}. about: their origin.
+            columns: titles of the rows. trn: training batches. about: how many images from where.
         Returns:
             What save() was given then, on the CPU; None without a checkpoint.
         Raises:
-            UserError: no checkpoint is good, though there is one; or rank 0 has other sets or labels.
+            UserError: no checkpoint is good, though there is one.
         """
-        sizes = ', '.join(f'{len(batches)} {name}' for name, batches in {'trn': trn, **evals}.items())
-        images = f'{sizes} from {about}'
-        if (first := self.ranks.from_rank_0(images)) != images:  # machines may have disks of their own
-            raise UserError(f'rank {self.ranks.rank} has images {images}; rank 0 has {first}: give all '
-                            'machines the same data and packages.')
         found, size = None, 0
         if self.log_path:
             found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
@@ -283,13 +285,14 @@ class Run:
             os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
         args, ranks = self.args, self.ranks
         per_pass = args.batch // ranks.world // args.accum
+        passes = f'{ranks.world} x {args.accum} x {per_pass} images make a batch'
         devices = f'{ranks.world} x {ranks.device_name}'
         sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
         if state:
             self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
-                     f'commit {commit(sources)}; {images}{note}\n')
+                     f'commit {commit(sources)}; {passes}; {about}{note}\n')
             return state
-        tf32 = args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
+        tf32 = torch.version.cuda and args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
         lines = {
             'command': f'{self.script.name} {shlex.join(sys.argv[1:])}',
             'started': time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -300,9 +303,8 @@ class Run:
             **self.config,
             **({'fp32 products': 'TF32'} if tf32 else {}),
             'compile': f'{args.compile}{", CUDA graphs" if args.compile and cuda_graphs() else ""}',
-            'images': sizes,
-            'images from': about,
-            'ranks, passes': f'{ranks.world} x {args.accum} x {per_pass} images make a batch',
+            'images': about,
+            'ranks, passes': passes,
             'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
         }
         self.log(''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + f'\n{columns}')
@@ -513,8 +515,8 @@ def read_checkpoint(path, config, *parts):
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
     for key, value in config.items():
-        if theirs.get(key) != value:
-            raise UserError(f'{path} was made with {key} {theirs.get(key)}, this command says {value}.')
+        if theirs.get(key, value) != value:  # older ones lack some
+            raise UserError(f'{path} was made with {key} {theirs[key]}, here it is {value}.')
     return state
 
 
