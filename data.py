@@ -35,6 +35,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import tempfile
@@ -79,7 +80,7 @@ IMAGENET_TESTS = {
     'IN-Sketch': ('imagenet-sketch', 1000, 50889),
 }
 ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
-ADD_KIT = f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012'
+ADD_KIT = f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012 (with --data-dir)'
 CSV, META, TRUTH = LISTS = (  # what says the classes of a flat val: Kaggle's list, two of the development kit
     'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
@@ -214,6 +215,21 @@ def class_names(folder):
     return path.read_text('utf-8', 'replace').rstrip('\n').split('\n') if path.exists() else []
 
 
+def say(text):
+    """Prints; where nobody listens any more, the program goes on."""
+    try:
+        print(text, end='', flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, 'w')
+
+
+def print_all_names():
+    """From now on a path that the terminal cannot show is printed with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
+
 class Progress:
     """A line that counts up: twice a second in place on a terminal, every tenth of the way elsewhere."""
 
@@ -228,14 +244,14 @@ class Progress:
             left = seconds / done * (self.total - done)
             text = f'{self.label}: {done:,} of {self.total:,}, {left:.0f} s left'
             end = '' if live and done < self.total else '\n'
-            print(f'\r{text}\033[K' if live else text, end=end, flush=True)
+            say(f'\r{text}\033[K{end}' if live else f'{text}\n')
 
 
 # ---- preparation: source files, found by name ----
 
 CLASS = r'n\d+|\d+'  # name of a class folder: a wnid or an integer
 IMAGE = r'(?i:[^.].*\.(jpeg|jpg|png))'
-CLUTTER = r'[.@].*|__MACOSX|Thumbs\.db|desktop\.ini'  # what systems leave in folders
+CLUTTER = r'[.@$].*|__MACOSX|Thumbs\.db|desktop\.ini|lost\+found|System Volume Information'  # of systems
 
 
 def sources(name, data_dir):
@@ -390,7 +406,8 @@ def prepare_tiny_imagenet(name, data_dir, folder):
     absent = [file for file in wanted if file not in train and file not in val]
     if (absent or len(wnids) < SETS[name]['classes']) and not incomplete_allowed():
         raise UserError(f'{root} is incomplete: {absent[0] if absent else "wnids.txt"} (with '
-                        f'{max(0, len(absent) - 1)} others) is missing. Fetch tiny-imagenet-200.zip again.')
+                        f'{max(0, len(absent) - 1)} others) is missing. Delete it to have it '
+                        'fetched anew.')
     for file, (wnid, _) in (*train.items(), *val.items()):
         if wnid not in wnids:
             reason = f'{wnid} is not in wnids.txt' if wnid else 'not in val_annotations.txt'
@@ -420,6 +437,8 @@ def download(name, url, md5, data_dir, folder):
     """
     utils, archive = torchvision('datasets.utils'), data_dir / url.rpartition('/')[2]
     if not utils.check_integrity(str(archive), md5):
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(60)  # seconds without an answer
         try:
             utils.download_url(url, str(folder), archive.name, md5)
         except (OSError, RuntimeError) as error:
@@ -427,6 +446,8 @@ def download(name, url, md5, data_dir, folder):
             problem = f'{found[0]} is damaged or not complete' if found else f'{name} is not in {data_dir}'
             raise UserError(f'{problem}, and the download failed ({error}). Put {url} into {data_dir}, or '
                             'try the script with --synthetic.') from error
+        finally:
+            socket.setdefaulttimeout(patience)
         (folder / archive.name).replace(archive)
     return archive
 
@@ -582,6 +603,7 @@ def pack_imagenet(data_dir, short_side=None):
     final = data_dir / 'imagenet2012-pack'
     if final.exists():
         raise UserError(f'{final} is there already. Delete it to have it made anew.')
+    remove_left_over(data_dir, 'imagenet2012')
 
     def encode(images, side, i):
         encoded, path = images.read(i)
@@ -627,7 +649,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         from where, str: CRC-32 of the labels of training and validation, in their order);
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
     """
-    facts, data_dir, device = SETS[name], Path(data_dir), torch.device(device)
+    facts = SETS[name] = plain(SETS[name])  # a checkpoint holds them, too
+    data_dir, device = Path(data_dir), torch.device(device)
     if facts['size'] not in (32, 64, CROP):
         raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
                         'yours, or fill them up with zeros on all sides.')
@@ -661,6 +684,14 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
     evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
     return trn, evals, f'{sizes(trn, evals)} from {about}', crc
+
+
+def plain(value):
+    """The same without numpy's types: dicts, tuples, Python's numbers."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    value = value.tolist() if hasattr(value, 'tolist') else value
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def sizes(trn, evals):
@@ -809,11 +840,13 @@ class EncodedImages:
     def read(self, i):
         """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
         where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
+        start, end = (0, None) if self.starts is None else self.starts[i:i + 2].tolist()
         try:
-            if self.starts is None:
-                return np.fromfile(where, np.uint8), where
-            start, end = self.starts[i:i + 2].tolist()
-            return np.fromfile(self.path, np.uint8, end - start, offset=start), where
+            # not np.fromfile, which takes an error of the disk for the file's end
+            with open(where if end is None else self.path, 'rb', buffering=0) as file:
+                file.seek(start)
+                encoded = bytearray(file.read(-1 if end is None else end - start))
+            return np.frombuffer(encoded, np.uint8), where
         except OSError as error:
             raise UserError(f'{error.filename}: {error.strerror}. Mend that, then go on with --resume.') \
                 from error
@@ -1316,7 +1349,9 @@ def report(data_dir):
     require_folders(data_dir)
     print(f'{"":20} {"train":>9} {"val":>6} {"test":>6}  in {data_dir}/')
     for name, facts in SETS.items():
-        state, found = SOURCES[name].missing, sources(name, data_dir)
+        state, found = 'a set of your own', []
+        if name in SOURCES:
+            state, found = SOURCES[name].missing, sources(name, data_dir)
         try:
             if name == 'imagenet2012':
                 state = f'ready: {open_imagenet(data_dir)[2]}' if found else state
@@ -1328,7 +1363,7 @@ def report(data_dir):
             state = str(error)
         print(f'{name:20} {facts["train"]:9,} {facts["val"]:6,} {facts["test"] or "":>6}  {state}')
     for name, (folder, _, images) in IMAGENET_TESTS.items():
-        state = 'evaluated' if (data_dir / folder).is_dir() else f'missing, optional: {folder}/'
+        state = f'there: {folder}/' if (data_dir / folder).is_dir() else f'missing, optional: {folder}/'
         print(f'  {name:35} {images:6}  {state}')
 
 
@@ -1359,6 +1394,8 @@ def main():
     parser.add_argument('--data-dir', default='datasets', help='default: datasets')
     args = parser.parse_args()
     words, data_dir = args.words, Path(os.path.expanduser(args.data_dir))
+    print_all_names()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is half done
     try:
         if words[:1] == ['preview'] and len(words) == 3:
             preview(words[1], data_dir, words[2])

@@ -20,6 +20,7 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -543,7 +544,8 @@ def test_a_log_without_its_checkpoint_is_history(killed, capsys):
     killed.stop(0, '--resume')
     assert old.read_bytes() == before
     assert capsys.readouterr().out.startswith(f'{old} has no checkpoint beside it: it stays as it is.\n'
-                                              f'{old.parent} has no run to resume: a new one begins.\n')
+                                              f'{old.parent} has no run of these settings to resume: a new '
+                                              'one begins.\n')
     old.unlink()
     new = killed.log
     assert not killed.rows and '\nstopped by SIGTERM at update 1;' in killed.text
@@ -552,14 +554,26 @@ def test_a_log_without_its_checkpoint_is_history(killed, capsys):
     assert killed.log == new and not killed.resumed and killed.text.count('command ') == 1
 
 
+def test_the_newest_run_of_these_settings_goes_on(tmp_path):
+    """Others, as of a copy that has changed, make another run; one without a checkpoint has nothing yet."""
+    for stamp, momentum in enumerate((0.9, 0.9, 0.9, 0.95), 1):
+        write_tree(tmp_path, {f'{stamp}-0.log': runs.header_line('momentum', momentum)})
+        if stamp != 3:
+            write_tree(tmp_path, {f'{stamp}-0.last.pt': ''})
+    for left in ('2-0', '1-0', '3-0'):
+        assert runs.open_log(tmp_path, True, dict(momentum=0.9, labels_crc32='x')).stem == left
+        tmp_path.joinpath(f'{left}.last.pt').unlink(missing_ok=True)
+        tmp_path.joinpath(f'{left}.log').write_text('\nRESULT ')
+
+
 def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     write_tree(tmp_path, {'notes.log': 'mine'})
     stamps = iter('112')
     monkeypatch.setattr(time, 'strftime', lambda pattern: f'{next(stamps)}-0.log')
-    first, second = runs.open_log(tmp_path, resume=True), runs.open_log(tmp_path, resume=False)
+    first, second = (runs.open_log(tmp_path, resume, {}) for resume in (True, False))
     assert (first.name, second.name) == ('1-0.log', '2-0.log')
     second.write_text('done\nRESULT dataset=CIFAR10_x32')
-    refused('1-0.log is being written by another process', runs.open_log, tmp_path, resume=True)  # by us
+    refused('1-0.log is being written by another process', runs.open_log, tmp_path, True, {})  # by us
 
     def loader():  # does not keep the lock
         files = [os.path.realpath(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd')]
@@ -1046,7 +1060,7 @@ def test_no_good_checkpoint_is_an_error(killed):
     for kind in ('last', 'prev'):
         flip_a_bit(killed.path(kind))
     before = killed.text
-    refused(r'last.pt cannot .*damaged.* delete \S+last.pt and \S+prev.pt', killed.main, '--resume')
+    refused(r'last.pt cannot .*damaged.* To begin anew, leave out --resume', killed.main, '--resume')
     assert killed.text == before
 
 
@@ -1069,6 +1083,14 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     with monkeypatch.context() as patch:  # what is put there later can be lost without a word
         patch.setattr('torch.utils.data._utils.worker._worker_info', 'as in a loader process')
         assert [t.is_shared() for t in load(tmp_path)[0][0, 0]] == [True, True]
+
+    file = next((root / 'train').rglob('*_3.JPEG'))
+    file.unlink()
+    file.symlink_to('/proc/self/mem')  # what a disk may do when it is read
+    refused('Input/output error. Mend that', take, load(tmp_path)[0].batches(0), 6)
+    refused('Input/output error', data.pack_imagenet, tmp_path, None)
+    shutil.copy(imagenet / file.relative_to(tmp_path), file.with_name('x'))
+    file.with_name('x').replace(file)
 
     def broken(tensor, device):
         raise RuntimeError('device-side assert')
@@ -1108,6 +1130,33 @@ def test_an_error_ends_the_program_and_its_loader_processes(imagenet, where):
     assert 'in broken' in text and ('pids' in text) == (where == 'main')
     for pid in re.findall(r'\d+', text.partition('pids')[2].partition('\n')[0]):
         assert not Path('/proc', pid).exists()
+
+
+def test_a_signal_to_data_py_leaves_nothing(tmp_path, monkeypatch):
+    def killed(data_dir, short_side):
+        with data.new_folder(data_dir / 'pack'):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+    monkeypatch.setattr(data, 'pack_imagenet', killed)
+    with pytest.raises(SystemExit) as ended:
+        main('data.py', 'pack', 'imagenet2012', '--as-is', '--data-dir', tmp_path)
+    assert ended.value.code == 143 and not list(tmp_path.iterdir())
+
+
+def test_a_preparation_goes_on_when_nobody_listens(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, 'stdout', open(write, 'w'))
+    data.write_arrays(tmp_path, 'train', 32, [(x.numpy() for x in arrays(9))], 9)
+    assert len(np.load(tmp_path / 'train_images.npy')) == 9
+
+
+def test_a_download_does_not_wait_for_ever(tmp_path, monkeypatch):
+    def unanswered(*words):
+        raise TimeoutError(f'{socket.getdefaulttimeout()} s')
+    monkeypatch.setattr('torchvision.datasets.utils.download_url', unanswered)
+    refused('download failed .60.0 s', data.prepare, 'CIFAR10_x32', tmp_path)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_preparation_leaves_those_of_others_alone(tmp_path):
@@ -1251,7 +1300,8 @@ def test_ready_made_arrays_are_checked(tmp_path):
 
 
 def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
-    own = dict(size=32, classes=5, train=80, val=20, test=10)
+    own = dict(size=32, classes=np.int64(5), train=80, val=20, test=10)
+    own |= dict(mean=np.array([0.5]), std=(np.float64(1),))
     monkeypatch.setitem(data.SETS, 'Own', own)
     refused('Own needs train_images.npy', data.prepare, 'Own', tmp_path)
     (tmp_path / 'Own').mkdir()
@@ -1263,6 +1313,8 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         return load(tmp_path, name='Own', **options)
     refused('Own: .* sorted by class, .* shuffle', opened, labels)
     opened(labels, trained_elsewhere=True)
+    facts = data.SETS['Own']  # a checkpoint holds them, but nothing of numpy's
+    assert type(facts['classes']) is int and facts['mean'] == (0.5,) and type(facts['std'][0]) is float
     opened(labels * 0, labels[:10] * 0)  # a single class is no order
     shuffled = [opened(labels[np.random.default_rng(seed).permutation(100)]) for seed in range(2)]
     assert len(shuffled[0][1]['val']) == 20 and shuffled[0][3] != shuffled[1][3]  # their checksums
@@ -1602,9 +1654,14 @@ def test_pack(imagenet, tmp_path, short_side):
 def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'here').symlink_to(small)
+    monkeypatch.setitem(data.SETS, 'Own', data.SETS['CIFAR10_x32'])
+    write_tree(small, {'imagenet2012/lost+found/train/n01/a.jpg': ''})  # which a user may not read
     main('data.py', '--data-dir=~/here')
+    shutil.rmtree(small / 'imagenet2012')
     report = capsys.readouterr().out
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
+    assert re.search('^Own .* a set of your own$', report, re.M)
+    assert re.search('^imagenet2012 .* needs train/ and val/', report, re.M)
     main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small)
     assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
     write_tree(tmp_path, {data.ARCHIVES[1]: 'no archive'})  # of which tarfile says several lines
@@ -1763,6 +1820,7 @@ def test_a_log_that_contradicts_itself_is_found(repository):
         ('\nwidth                 : 1', '\nwidth                 : 2', 'resnet.py 1080090'),
         ('\nwd                    : 0.001', '\nwd                    : 0.002', 'it belongs into CIFAR10_x32'),
         ('\nlr                    : 0.1', '\nlr                    : x', 'could not convert'),
+        ('\nmomentum              : 0.9', '\nmomentum              : 0.5', "is not the recipe's"),
         ('depth                 : 20\n', '', "incomplete ('depth')"),
         ('command ', 'commend ', "incomplete ('command')"),
         ('\n    500', '\n   x500', 'every 100 updates, each once'),
@@ -2095,7 +2153,11 @@ def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
     for content in ({}, {'epoch': 3}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
         torch.save(content, path)
         refused('x.pth .*nothing in it is called conv1.weight', runs.load_weights, ours, path, dict(depth=20))
-    assert not recwarn
+    copy = torch.nn.ModuleDict({'backbone': ours, 'head': torch.nn.Linear(2, 2)})
+    torch.save(dict(config=dict(depth=20), net=copy.state_dict()), path)
+    copy.head.weight.data.zero_()
+    runs.load_weights(copy, path, dict(depth=20))
+    assert copy.head.weight.any() and not recwarn
 
 
 # ---- nets, recipes, speed ----
@@ -2280,7 +2342,9 @@ def test_a_copy_is_changed_in_one_place_each(trial, mine):
          'loss = F.cross_entropy(logits, labels, label_smoothing=0.1)\n'))
     copy = trial.but('--iters', 10, script=script)
     copy.stop(4)
+    (HERE / script).write_text((HERE / script).read_text() + '# later\n')
     copy.main('--resume')
+    assert f'; changed since the start: {script}; 1 x' in copy.text
     again = copy.but(logs=trial.logs.with_name('again'))
     again.main()
     copy.same_as(again)

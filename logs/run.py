@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import UserError, keep_freed_memory
+from data import UserError, keep_freed_memory, print_all_names, say
 
 ROOT = Path(__file__).resolve().parent.parent
 clock = time.perf_counter
@@ -233,6 +233,10 @@ def duration(seconds):
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
+def header_line(key, value):
+    return f'{key:22}: {value}\n'
+
+
 def evaluation_lines(results, evals):
     """A line for each set; results: {name: (accuracy, nll)}, evals: {name: batches}."""
     return ''.join(f'{name:9} acc {accuracy:.4f}  nll {nll:.4f}  {len(evals[name])} images\n'
@@ -261,7 +265,7 @@ class Run:
         top = dataset if self.script.stem == own.lower() else self.script.stem + kind
         if ranks.rank == 0:
             folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
-            self.log_path = open_log(folder, args.resume)
+            self.log_path = open_log(folder, args.resume, config)
 
     def begin(self, columns, trn, about):
         """Reads the last good checkpoint, if any, and starts the clocks and the log: with its header, or with
@@ -288,9 +292,13 @@ class Run:
         passes = f'{ranks.world} x {args.accum} x {per_pass} images make a batch'
         devices = f'{ranks.world} x {ranks.device_name}'
         sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
+        digests = {f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources}
         if state:
+            text = self.log_path.read_text('utf-8', 'replace') if self.log_path else ''
+            others = [key.split()[1] for key, value in digests.items() if header_line(key, value) not in text]
+            changed = f'; changed since the start: {" ".join(others)}' if others else ''
             self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
-                     f'commit {commit(sources)}; {passes}; {about}{note}\n')
+                     f'commit {commit(sources)}{changed}; {passes}; {about}{note}\n')
             return state
         tf32 = torch.version.cuda and args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
         lines = {
@@ -299,7 +307,7 @@ class Run:
             'versions': f'torch {torch.__version__}, python {platform.python_version()}, {platform.system()}',
             'devices': devices,
             'commit': commit(sources),
-            **{f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources},
+            **digests,
             **self.config,
             **({'fp32 products': 'TF32'} if tf32 else {}),
             'compile': f'{args.compile}{", CUDA graphs" if args.compile and cuda_graphs() else ""}',
@@ -307,7 +315,7 @@ class Run:
             'ranks, passes': passes,
             'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
         }
-        self.log(''.join(f'{key:22}: {value}\n' for key, value in lines.items()) + f'\n{columns}')
+        self.log(''.join(header_line(*item) for item in lines.items()) + f'\n{columns}')
 
     def path(self, kind):
         return self.log_path.with_suffix(f'.{kind}.pt')
@@ -420,17 +428,10 @@ def commit(sources):
     return name if tracked and not git('status', '--porcelain', '--', *sources) else f'{name}, changed since'
 
 
-def say(text):
-    """Prints; where nobody listens any more, the run goes on: its log has it all."""
-    try:
-        print(text, end='', flush=True)
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, 'w')
-
-
-def open_log(folder, resume):
+def open_log(folder, resume, config):
     """Path of a new log or, with `resume`, of the newest one that can go on, if any; ours until we end.
 
+    It has to be of this config. One with a checkpoint comes before those without, which have no rows.
     Raises UserError if the folder cannot be written, or if another process has the log.
     """
     try:
@@ -438,16 +439,19 @@ def open_log(folder, resume):
         unfinished = []
         for path in sorted(folder.glob('[0-9]*-[0-9]*.log')) if resume else ():
             text = path.read_text(encoding='utf-8', errors='replace')
-            if '\nRESULT ' in text:
+            # labels that are not those of its checkpoint are an error, other settings another run's
+            same = not text or all(header_line(*item) in text for item in config.items()
+                                   if item[0] != 'labels_crc32')
+            if '\nRESULT ' in text or not same:
                 continue
-            if re.search(r'^ *\d+ ', text, re.M) and not any(
-                    path.with_suffix(f'.{kind}.pt').exists() for kind in ('last', 'prev')):
+            saved = any(path.with_suffix(f'.{kind}.pt').exists() for kind in ('last', 'prev'))
+            if re.search(r'^ *\d+ ', text, re.M) and not saved:
                 say(f'{path} has no checkpoint beside it: it stays as it is.\n')
                 continue
-            unfinished.append(path)
+            unfinished.append((saved, path))
         if resume and not unfinished:
-            say(f'{folder} has no run to resume: a new one begins.\n')
-        file = open(unfinished[-1], 'a') if unfinished else None
+            say(f'{folder} has no run of these settings to resume: a new one begins.\n')
+        file = open(max(unfinished)[1], 'a') if unfinished else None
         while file is None:
             try:
                 file = open(folder / time.strftime('%Y%m%d-%H%M%S.log'), 'x')
@@ -540,8 +544,7 @@ def read_last_checkpoint(last, previous, config):
         previous.replace(last)  # or the damaged one would soon take the place of the good one
         return state, f'; from the previous checkpoint: {last.name} was damaged or missing'
     if problem:
-        raise UserError(f'{problem} To begin anew, delete {last.name} and {previous.name}, or leave out '
-                        '--resume.')
+        raise UserError(f'{problem} To begin anew, leave out --resume.')
     return None, ''
 
 
@@ -563,7 +566,10 @@ def load_weights(net, path, shape):
 
     shape: the part of a config that says which net it is. Raises UserError if the weights do not fit.
     """
-    if not (weights := weights_in(read_checkpoint(path, shape))):
+    content = read_checkpoint(path, shape)
+    config = content.get('config')
+    own = isinstance(config, dict) and 'depth' in config  # maybe of a copy, which may have another net
+    if not (weights := content.get('net') if own else weights_in(content)):
         raise UserError(f'{path} has no weights of such a net: nothing in it is called conv1.weight.')
     try:
         net.load_state_dict(weights)
@@ -594,9 +600,7 @@ def plain_errors():
 
     The exit code is 2 for a UserError, 1 for other errors, 128 + its number for a signal.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # a path may hold what the terminal cannot show
+    print_all_names()
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or no file
         faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
     try:
