@@ -80,7 +80,8 @@ IMAGENET_TESTS = {
     'IN-Sketch': ('imagenet-sketch', 1000, 50889),
 }
 ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
-ADD_KIT = f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012 (with --data-dir)'
+ADD_KIT = (f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012 with the same '
+           '--data-dir')
 CSV, META, TRUTH = LISTS = (  # what says the classes of a flat val: Kaggle's list, two of the development kit
     'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
@@ -406,8 +407,7 @@ def prepare_tiny_imagenet(name, data_dir, folder):
     absent = [file for file in wanted if file not in train and file not in val]
     if (absent or len(wnids) < SETS[name]['classes']) and not incomplete_allowed():
         raise UserError(f'{root} is incomplete: {absent[0] if absent else "wnids.txt"} (with '
-                        f'{max(0, len(absent) - 1)} others) is missing. Delete it to have it '
-                        'fetched anew.')
+                        f'{max(0, len(absent) - 1)} others) is missing. Delete it to have it fetched anew.')
     for file, (wnid, _) in (*train.items(), *val.items()):
         if wnid not in wnids:
             reason = f'{wnid} is not in wnids.txt' if wnid else 'not in val_annotations.txt'
