@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402 (found only with the line above)
-from logs.run import cpu_name  # noqa: E402
+from logs.run import commit, cpu_name  # noqa: E402
 from resnet import STAGES, ResNet, multiply_adds  # noqa: E402
 
 DATASETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  # pixels -> data set, script
@@ -230,7 +230,8 @@ def main():
             parser.exit(2, f'bench.py: {error}\n')
     styles, rates = STYLES[:1] if args.ours else STYLES, {'fp32': matrix_rate('fp32')}
     name = torch.cuda.get_device_name() if CUDA else cpu_name()
-    print(f'{name}, torch {torch.__version__}; medians of {args.turns} turns\n\n'
+    sources = *ROOT.glob('*.py'), *(ROOT / 'logs').glob('*.py')
+    print(f'{name}, torch {torch.__version__}, commit {commit(sources)}; medians of {args.turns} turns\n\n'
           '  net  px batch style type iter/min   img/s wait % start s memory MB limit %'
           + ' ratio' * (not args.ours))
     failed = False
