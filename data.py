@@ -244,8 +244,7 @@ class Progress:
             self.shown = step
             left = seconds / done * (self.total - done)
             text = f'{self.label}: {done:,} of {self.total:,}, {left:.0f} s left'
-            end = '' if live and done < self.total else '\n'
-            say(f'\r{text}\033[K{end}' if live else f'{text}\n')
+            say((f'\r{text}\033[K' if live else text) + '\n' * (done == self.total or not live))
 
 
 # ---- preparation: source files, found by name ----
@@ -700,9 +699,11 @@ def sizes(trn, evals):
 
 def room(device):
     """Bytes of arrays that are better on the device than in mapped files: none on the CPU."""
+    if device.type == 'cpu':
+        return 0
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0] / 2
-    return 2 ** 31 * (device.type != 'cpu')  # MPS reads zeros from larger ones (pytorch issue 188756)
+    return 2 ** 31  # MPS reads zeros from larger ones (pytorch issue 188756)
 
 
 def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
@@ -843,13 +844,12 @@ class EncodedImages:
         start, end = (0, None) if self.starts is None else self.starts[i:i + 2].tolist()
         try:
             # not np.fromfile, which takes an error of the disk for the file's end
-            with open(where if end is None else self.path, 'rb', buffering=0) as file:
+            with open(where if end is None else self.path, 'rb') as file:
                 file.seek(start)
-                encoded = bytearray(file.read(-1 if end is None else end - start))
+                encoded = file.read(-1 if end is None else end - start)
             return np.frombuffer(encoded, np.uint8), where
         except OSError as error:
-            raise UserError(f'{error.filename}: {error.strerror}. Mend that, then go on with --resume.') \
-                from error
+            raise UserError(f'{where}: {error.strerror}. Mend that, then go on with --resume.') from error
 
 
 def open_imagenet(data_dir, packed=True):

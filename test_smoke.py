@@ -1087,7 +1087,7 @@ def test_damaged_files_and_killed_loader_processes(imagenet, tmp_path, monkeypat
     file = next((root / 'train').rglob('*_3.JPEG'))
     file.unlink()
     file.symlink_to('/proc/self/mem')  # what a disk may do when it is read
-    refused('Input/output error. Mend that', take, load(tmp_path)[0].batches(0), 6)
+    refused('_3.JPEG: Input/output error. Mend that', take, load(tmp_path)[0].batches(0), 6)
     refused('Input/output error', data.pack_imagenet, tmp_path, None)
     shutil.copy(imagenet / file.relative_to(tmp_path), file.with_name('x'))
     file.with_name('x').replace(file)

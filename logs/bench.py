@@ -80,19 +80,19 @@ class Images(torch.utils.data.Dataset):
 
 def usual(depth, width, size, batch, iters):
     """Trains in the style of most published CIFAR scripts, printing rows as our logs have them."""
-    device, images = DEVICE, Images(size, batch)
+    images = Images(size, batch)
     torch.backends.cudnn.benchmark = True
     sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=batch * iters)
     loader = torch.utils.data.DataLoader(images, batch, sampler=sampler, pin_memory=CUDA,
                                          num_workers=min(8, torch.get_num_threads()))
     # this mean and std change nothing: the images come normalised
-    net = ResNet(depth, width, size, images.facts['classes'], (0.0,) * 3, (1 / 255,) * 3).to(device)
+    net = ResNet(depth, width, size, images.facts['classes'], (0.0,) * 3, (1 / 255,) * 3).to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
     every, total_loss, waited, start = max(1, iters // 10), 0.0, 0.0, time.perf_counter()
     wait_start = start
     for it, (x, y) in enumerate(loader, 1):
         waited += time.perf_counter() - wait_start
-        x, y = x.to(device), y.to(device)
+        x, y = x.to(DEVICE), y.to(DEVICE)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(x), y)
         loss.backward()

@@ -105,7 +105,7 @@ def contradictions(log, logs):
     if count_parameters(*shape) != config['params']:
         yield f'the header has params {config["params"]}, resnet.py {count_parameters(*shape)}'
     if (header['momentum'], header['warmup']) != ('0.9', '0.1'):
-        yield 'its momentum or warm-up is not the recipe\'s: a copy of the script has a folder of its own'
+        yield "its momentum or warm-up is not the recipe's: a copy of the script has a folder of its own"
     if logs / place != log.path.parent:
         yield f'with these settings it belongs into {place}'
     if not re.fullmatch(r'\d{8}-\d{6}', log.path.stem):
