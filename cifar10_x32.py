@@ -85,7 +85,8 @@ def average_running_statistics(net, ranks):
 def evaluate(net, forward, batches, ranks):
     """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once.
 
-    forward: uint8 images -> logits. On a stop signal, ranks raises Stopped.
+    forward: uint8 images -> logits. batches: an evaluation set of data.load(). The net is in training mode
+    afterwards. On a stop signal, ranks raises Stopped.
     """
     net.eval()
     totals = torch.zeros(3, device=batches.device)  # correct answers, summed nll, images
@@ -150,10 +151,10 @@ def main():
     if args.compile:
         trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
     if args.eval:
-        load_weights(net, args.eval, shape)
+        origin = load_weights(net, args.eval, shape)
         results = {name: evaluate(net, evl_forward, batches, ranks) for name, batches in evals.items()}
         if ranks.rank == 0:
-            print(f'{about}\n{evaluation_lines(results, evals)}', end='')
+            print(f'{origin}\n{about}\n{evaluation_lines(results, evals)}', end='')
         return
 
     # a new run, or the newest unfinished one from its last checkpoint on
@@ -170,7 +171,8 @@ def main():
         groups = optimizer.state_dict()['param_groups']  # as set above: `fused` is the device's
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
         scaler.load_state_dict(state['scaler'])
-        stats += state['stats'].to(device) * (ranks.rank == 0)  # saved as the sum over ranks
+        if ranks.rank == 0:  # saved as the sum over ranks
+            stats += state['stats'].to(device)
         it, row_it, best_it, best_acc, best_nll = state['progress']
         best_net = state['best_net']
         run.save_best(best_it, best_acc, best_net)  # the file may be older or newer than the checkpoint

@@ -38,7 +38,6 @@ import signal
 import socket
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 import uuid
@@ -82,8 +81,8 @@ IMAGENET_TESTS = {
 ARCHIVES = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar', 'ILSVRC2012_devkit_t12.tar.gz'
 ADD_KIT = (f'put {ARCHIVES[2]} into imagenet2012/ and run python data.py unpack imagenet2012 with the same '
            '--data-dir')
-CSV, META, TRUTH = LISTS = (  # what says the classes of a flat val: Kaggle's list, two of the development kit
-    'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt')
+# what says the classes of a flat val: Kaggle's list, and two of the development kit
+CSV, META, TRUTH = LISTS = 'LOC_val_solution.csv', 'meta.mat', 'ILSVRC2012_validation_ground_truth.txt'
 FILES = 'train_images.npy', 'train_labels.npy', 'test_images.npy', 'test_labels.npy'
 INCOMPLETE = 'ALLOW_INCOMPLETE_DATA'  # environment variable: accept a part of a set, split in proportion
 PAD = 4  # pixels of zeros on each side before the random crop
@@ -112,7 +111,7 @@ def usable_cores():
     return max(1, cores)
 
 
-def torchvision(module):
+def import_torchvision(module):
     """A module of torchvision, imported late because it takes a second. Raises UserError if that fails."""
     try:
         return importlib.import_module(f'torchvision.{module}')
@@ -151,7 +150,7 @@ def prepare(name, data_dir):
 
 def require_folders(*paths):
     """Raises UserError if a path, or one above it, is a file or a link to nothing; it need not exist."""
-    for path in itertools.chain(*((path, *path.parents) for path in paths)):
+    for path in [folder for final in paths for folder in (final, *final.parents)]:
         if path.is_symlink() and not path.exists():
             raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there. Is a disk not '
                             'mounted? Else mend the link or delete it.')
@@ -278,7 +277,10 @@ def find_below(root, pattern):
 
 
 def files_of(source):
-    """{path relative to the folder or zip file: the same as a Path or zipfile.Path} of the files in it."""
+    """{path relative to the folder or zip file: the same as a Path or zipfile.Path} of the files in it.
+
+    Raises UserError if the zip file is damaged, or has a member that points outside of its folder.
+    """
     if source.is_dir():
         paths = (Path(folder, f) for folder, _, files in os.walk(source, followlinks=True) for f in files)
         found = {path.relative_to(source).as_posix(): path for path in paths}
@@ -295,13 +297,11 @@ def files_of(source):
 
 
 def read_source(path):
-    """The bytes of a file that files_of has found. Raises UserError if the zip file is damaged."""
+    """The bytes of a file that files_of has found. Raises UserError if that fails."""
     try:
         return path.read_bytes()
     except Exception as error:
-        if isinstance(path, Path):
-            raise
-        raise UserError(f'{path} is damaged ({error}). Fetch its archive again.') from error
+        raise UserError(f'{path} cannot be read ({error}). If damaged, fetch its archive again.') from error
 
 
 def class_of(path, listed):
@@ -347,7 +347,7 @@ def on_all_cores(work, items):
 def write_arrays(folder, which, size, chunks, total):
     """Writes {which}_images.npy and {which}_labels.npy from chunks, with progress up to `total` images.
 
-    A chunk: (uint8 n x size x size x 3, maybe a view, which is copied a part at a time; n labels).
+    A chunk: (uint8 n x size x size x 3, n labels).
     """
     progress, labels = Progress(f'{which} images', total), []
     header = {'descr': '|u1', 'fortran_order': False}
@@ -355,8 +355,8 @@ def write_arrays(folder, which, size, chunks, total):
     with open(folder / f'{which}_images.npy', 'wb') as out:
         np.lib.format.write_array_header_1_0(out, header | {'shape': (0, size, size, 3)})
         for images, more in chunks:
-            for start in range(0, len(images), 1000):
-                out.write(np.ascontiguousarray(images[start:start + 1000]))
+            for image in images:
+                out.write(image.tobytes())
             labels.extend(more)
             progress(len(labels))
         out.seek(0)  # numpy leaves room in the header for the count to grow
@@ -368,17 +368,17 @@ def write_arrays(folder, which, size, chunks, total):
 
 def prepare_cifar(name, data_dir, folder):
     """CIFAR-10 and CIFAR-100 in the order of the official files, which torchvision downloads and checks."""
-    datasets = torchvision('datasets')
+    datasets = import_torchvision('datasets')
     cifar = datasets.CIFAR10 if name == 'CIFAR10_x32' else datasets.CIFAR100
     source = data_dir / cifar.base_folder
     source = next(find_below(source, cifar.base_folder), source)  # within a folder of its own name
     files = *cifar.train_list, *cifar.test_list, (cifar.meta['filename'], cifar.meta['md5'])
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        if not all(datasets.utils.check_integrity(str(source / file), md5) for file, md5 in files):
-            archive = download(name, cifar.url, cifar.tgz_md5, data_dir, folder)
-            datasets.utils.extract_archive(str(archive), own)
-            source = Path(own, cifar.base_folder)
-        train, test = (cifar(source.parent, train=part) for part in (True, False))
+    if not all(datasets.utils.check_integrity(str(source / file), md5) for file, md5 in files):
+        archive = download(name, cifar.url, cifar.tgz_md5, data_dir, folder)
+        datasets.utils.extract_archive(str(archive), str(folder))
+        source = folder / cifar.base_folder
+    train, test = (cifar(source.parent, train=part) for part in (True, False))
+    shutil.rmtree(folder / cifar.base_folder, ignore_errors=True)  # what has been extracted here
     for which, part in (('train', train), ('test', test)):
         write_arrays(folder, which, 32, [(part.data, part.targets)], len(part))
     describe(folder, f'{cifar.base_folder}, order and classes of the official files', train.classes)
@@ -434,7 +434,7 @@ def download(name, url, md5, data_dir, folder):
 
     It comes by way of `folder`: other processes may be downloading it, too.
     """
-    utils, archive = torchvision('datasets.utils'), data_dir / url.rpartition('/')[2]
+    utils, archive = import_torchvision('datasets.utils'), data_dir / url.rpartition('/')[2]
     if not utils.check_integrity(str(archive), md5):
         patience = socket.getdefaulttimeout()
         socket.setdefaulttimeout(60)  # seconds without an answer
@@ -461,8 +461,9 @@ def prepare_imagenet1k(name, data_dir, folder):
             for path, file in sorted(files_of(source).items()):
                 found.setdefault(path.rsplit('/', 1)[-1].removesuffix('.npz'), file)
     wanted = {'train': [f'train_data_batch_{i}' for i in range(1, 11)], 'test': ['val_data']}
-    missing = [batch for batches in wanted.values() for batch in batches if batch not in found]
-    if len(missing) == 11 and (data_dir / 'imagenet2012').is_dir():
+    batches = wanted['train'] + wanted['test']
+    missing = [batch for batch in batches if batch not in found]
+    if missing == batches and (data_dir / 'imagenet2012').is_dir():
         parts, wnids, about = open_imagenet(data_dir, packed=False)
 
         def resized(images, i):
@@ -472,13 +473,13 @@ def prepare_imagenet1k(name, data_dir, folder):
             chunks = on_all_cores(functools.partial(resized, images), range(len(images)))
             write_arrays(folder, which, size, chunks, len(images))
         return describe(folder, f'{about}, resized to {size} px, box filter', wnids)
-    if len(missing) == 11 or (missing and not incomplete_allowed()):
+    if missing == batches or (missing and not incomplete_allowed()):
         raise UserError(f'{name}: {", ".join(missing[:3])}{" ..." if len(missing) > 3 else ""} not found in '
                         f'{data_dir}. Put Imagenet{size}_train and Imagenet{size}_val there (zip or folder, '
                         'from https://image-net.org), or imagenet2012/train and val; or try --synthetic.')
     for which, total in (('train', SETS[name]['train']), ('test', SETS[name]['val'])):
-        batches = (read_batch(found[batch], size) for batch in wanted[which] if batch in found)
-        write_arrays(folder, which, size, batches, total)
+        chunks = (read_batch(found[batch], size) for batch in wanted[which] if batch in found)
+        write_arrays(folder, which, size, chunks, total)
     describe(folder, f'official Imagenet{size} batches, classes in their own order (label - 1)')
 
 
@@ -507,15 +508,14 @@ class ArrayUnpickler(pickle._Unpickler):
     The base is written in Python, as quick here: damaged bytes can make the other one take 64 GB of memory.
     """
 
-    ALLOWED = {('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
+    ALLOWED = {('_codecs', 'encode'): lambda text, encoding: text.encode('latin1'),  # bytes of protocol 2
+               ('numpy', 'ndarray'): np.ndarray, ('numpy', 'dtype'): np.dtype,
                ('multiarray', '_reconstruct'): np.empty(0).__reduce__()[0],
                ('multiarray', 'scalar'): np.float64(0).__reduce__()[0],
                ('numeric', '_frombuffer'): np.empty(0).__reduce_ex__(5)[0]}
 
     def find_class(self, module, name):
         module = module.removeprefix('numpy.core.').removeprefix('numpy._core.')  # numpy 1 and 2
-        if (module, name) == ('_codecs', 'encode'):  # how protocol 2 writes bytes
-            return lambda text, encoding: text.encode('latin1')
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f'it asks for {module}.{name}')
         return self.ALLOWED[module, name]
@@ -545,7 +545,10 @@ MEMBERS = (  # of the official archives: which names, and where they go in image
 
 
 def unpack_imagenet(data_dir):
-    """Unpacks the official archives found in data_dir or in imagenet2012/; adds to what is there already."""
+    """Unpacks the official archives found in data_dir or in imagenet2012/; adds to what is there already.
+
+    Raises UserError if there are none, one is damaged, or images are missing in the end.
+    """
     root = data_dir / 'imagenet2012'
     require_folders(root / 'train', root / 'val')
     names = '|'.join(map(re.escape, ARCHIVES)) + r'|n\d{8}\.tar'
@@ -581,8 +584,8 @@ def unpack(tar, root, progress=None):
         if re.fullmatch(r'n\d{8}\.tar', name):
             with tarfile.open(fileobj=tar.extractfile(member), mode='r:') as inner_tar:
                 unpack(inner_tar, root)
-        for pattern, home in MEMBERS if member.isfile() else ():
-            if match := re.fullmatch(pattern, name):
+        for pattern, home in MEMBERS:
+            if member.isfile() and (match := re.fullmatch(pattern, name)):
                 path = root / match.expand(home) / name
                 if not path.exists() or path.stat().st_size != member.size:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -596,7 +599,8 @@ def pack_imagenet(data_dir, short_side=None):
     """Writes imagenet2012-pack/: {train,val}.bin with the encoded images, {train,val}.npz with their index.
 
     short_side: pixels; larger training images are resized to it (Lanczos) and encoded again, quality 90;
-    None keeps them. The images of val always keep their bytes, so that accuracies stay comparable.
+    None keeps them. The images of val always keep their bytes, so that accuracies stay comparable. Raises
+    UserError if there is a pack already, or images are missing or damaged.
     """
     parts, wnids, about = open_imagenet(data_dir, packed=False)
     final = data_dir / 'imagenet2012-pack'
@@ -607,10 +611,10 @@ def pack_imagenet(data_dir, short_side=None):
     def encode(images, side, i):
         encoded, path = images.read(i)
         if side is None:
-            return encoded.tobytes()
+            return encoded
         image, buffer = decode(encoded, path), io.BytesIO()
         if min(image.size) <= side:
-            return encoded.tobytes()
+            return encoded
         size = [side * length // min(image.size) for length in image.size]
         image.resize(size, Image.LANCZOS).save(buffer, 'JPEG', quality=90)
         return buffer.getvalue()
@@ -641,21 +645,25 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         eval_batch: images in one rank's evaluation batch. seed: of order and augmentation. device: where the
         batches are wanted; arrays that it has room for go there at once.
         rank, world: of the processes that train. synthetic: generated images. workers: processes that decode
-        files for this rank; None: as many as it has cores, 0: none. trained_elsewhere: the evaluation sets
+        files for this rank; None: one per core, 64 at most; 0: none. trained_elsewhere: the evaluation sets
         are for given weights, with which only labels in the order of all classes agree.
     Returns:
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: how many images
         from where, str: CRC-32 of the labels of training and validation, in their order);
         of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
+    Raises:
+        UserError: images or labels are missing, or do not fit name, batch or given weights.
     """
-    facts = SETS[name] = plain(SETS[name])  # a checkpoint holds them, too
+    # a checkpoint holds these facts, too: Python's numbers, not numpy's
+    facts = SETS[name] = {key: tuple(map(float, value)) if key in ('mean', 'std') else int(value)
+                          for key, value in SETS[name].items()}
     data_dir, device = Path(data_dir), torch.device(device)
     if facts['size'] not in (32, 64, CROP):
         raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
                         'yours, or fill them up with zeros on all sides.')
     if name == 'imagenet2012' and not synthetic:
         parts, wnids, about = open_imagenet(data_dir)
-        parts |= open_test_sets(data_dir, wnids, say=rank == 0)
+        parts |= open_test_sets(data_dir, wnids, warn=rank == 0)
         check_parts(name, data_dir, parts, len(wnids), trained_elsewhere, batch)
         about, crc = f'{about}, decoded by {jpeg_decoder()[0]}', label_checksum(parts)
         shared = device, default_workers() if workers is None else workers, rank, world
@@ -674,8 +682,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         n = len(train) * facts['train'] // (facts['train'] + facts['val'])
         parts = {'train': train.part(slice(n)), 'val': train.part(slice(n, None)), 'tst': test}
     if not synthetic:
-        known = name in SOURCES and len(class_names(data_dir / name)) or facts['classes']
-        check_parts(name, data_dir, parts, known, trained_elsewhere, batch)
+        names = class_names(data_dir / name) if name in SOURCES else []
+        check_parts(name, data_dir, parts, len(names) or facts['classes'], trained_elsewhere, batch)
     crc = label_checksum(parts)
     used = {key: arrays for key, arrays in parts.items() if key != 'train' or not trained_elsewhere}
     if sum(t.nbytes for arrays in used.values() for t in arrays) < room(device):
@@ -683,14 +691,6 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
     evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
     return trn, evals, f'{sizes(trn, evals)} from {about}', crc
-
-
-def plain(value):
-    """The same without numpy's types: dicts, tuples, Python's numbers."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    value = value.tolist() if hasattr(value, 'tolist') else value
-    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def sizes(trn, evals):
@@ -730,7 +730,7 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
                         'and labels.')
     # arrays of a trial are whatever somebody has cut off, unless val is cut from the training images here
     cut_off = incomplete_allowed() and not facts['test'] and name != 'imagenet2012'
-    for key in ('val',) if name in SOURCES else set(parts) - {'train'}:  # official test sets are right
+    for key in ['val'] if name in SOURCES else parts:  # official test sets are right
         unseen = np.setdiff1d(parts[key].labels, train.labels)
         if len(unseen) and not cut_off:
             raise UserError(f'{name}: {key} has images of {len(unseen)} classes that no training image has, '
@@ -772,7 +772,7 @@ class Arrays:
 def read_arrays(name, folder, remedy=None):
     """Maps and checks a prepared set: (Arrays of the training file, of the test file, str: their origin).
 
-    Raises UserError, which ends with `remedy`, for arrays that do not fit.
+    Raises UserError for arrays that do not fit; remedy: its advice where an array is incomplete or damaged.
     """
     facts, parts = SETS[name], []
     remedy = remedy or (f'Delete {folder} and run the command again to have it made anew.' if name in SOURCES
@@ -780,11 +780,10 @@ def read_arrays(name, folder, remedy=None):
     shape = facts['size'], facts['size'], 3
     for which, full in (('train', facts['train'] + (facts['val'] if facts['test'] else 0)),
                         ('test', facts['test'] or facts['val'])):
-        arrays = []
-        for file in (images_file := f'{which}_images.npy', labels_file := f'{which}_labels.npy'):
+        images_file, labels_file, arrays = f'{which}_images.npy', f'{which}_labels.npy', []
+        for file, mode in ((images_file, 'r'), (labels_file, None)):  # Linux counts mode 'c' as memory
             try:
-                # not 'c', which Linux counts as memory
-                arrays.append(np.load(folder / file, mmap_mode='r' if file == images_file else None))
+                arrays.append(np.load(folder / file, mmap_mode=mode))
             except (OSError, ValueError, EOFError) as error:
                 advice = '' if isinstance(error, OSError) else f' {remedy}'  # the file may be good
                 raise UserError(f'{name}: {file} cannot be read ({error}).{advice}') from error
@@ -809,12 +808,12 @@ def read_arrays(name, folder, remedy=None):
 
 
 def synthetic_arrays(name, batch):
-    """Arrays to train on, 5/4 of a batch or more, and to test on: a coloured pattern a class, under noise."""
+    """Arrays to train on (val and a batch or more) and to test on: a coloured pattern a class, in noise."""
     facts, rng = SETS[name], np.random.default_rng(0)
     size, classes, count = facts['size'], facts['classes'], 5120 if facts['size'] <= 64 else 640
     patterns = rng.integers(128, size=(classes, 4, 4, 3), dtype=np.uint8)
-    parts = []
-    for n in (max(count, batch * 5 // 4), count // 5):  # val may take 18 % of the first, and a batch is left
+    parts, whole = [], facts['train'] + (facts['val'] if facts['test'] else 0)
+    for n in (max(count, math.ceil(batch * whole / facts['train'])), count // 5):
         labels = rng.integers(classes, size=n)
         images = patterns[labels].repeat(size // 4, 1).repeat(size // 4, 2)
         for _ in range(2):
@@ -839,15 +838,13 @@ class EncodedImages:
         return len(self.names)
 
     def read(self, i):
-        """(uint8 array of the encoded bytes of image i, its path for messages). Raises UserError."""
+        """(the encoded bytes of image i, its path for messages). Raises UserError."""
         where = f'{self.path}/{os.fsdecode(self.names[i].item())}'
         start, end = (0, None) if self.starts is None else self.starts[i:i + 2].tolist()
         try:
-            # not np.fromfile, which takes an error of the disk for the file's end
             with open(where if end is None else self.path, 'rb') as file:
                 file.seek(start)
-                encoded = file.read(-1 if end is None else end - start)
-            return np.frombuffer(encoded, np.uint8), where
+                return file.read(-1 if end is None else end - start), where
         except OSError as error:
             raise UserError(f'{where}: {error.strerror}. Mend that, then go on with --resume.') from error
 
@@ -857,12 +854,13 @@ def open_imagenet(data_dir, packed=True):
 
     The wnids are all 1000 where the development kit, a list, or train/ or val/ give them. Else, which takes
     ALLOW_INCOMPLETE_DATA, they are those that are there: labels for a trial, but not those of other weights.
+    Raises UserError if images are missing, or nothing tells their classes.
     """
     root, pack, facts = data_dir / 'imagenet2012', data_dir / 'imagenet2012-pack', SETS['imagenet2012']
     if packed and pack.is_dir():
         return open_pack(pack)
     require_folders(root / 'train', root / 'val')
-    listed, known = read_lists(data_dir)
+    listed, kit = read_lists(data_dir)
     none = EncodedImages(root, np.array([], np.bytes_), np.array([], np.int64))
     parts = {'train': ([], none), 'val': ([], none)}
     for path in filter(Path.is_dir, find_below(root, 'train|val')):
@@ -875,8 +873,8 @@ def open_imagenet(data_dir, packed=True):
                         f'--data-dir {data_dir}, or try the script with --synthetic. (For --eval, val and '
                         f'{INCOMPLETE}=1 will do.)')
     found = [classes for classes, _ in parts.values()]
-    complete = next((classes for classes in found if len(classes) == facts['classes']), ())
-    wnids = sorted(complete or known or set().union(*found))
+    orders = *found, kit, {*listed.values()}  # the first of all 1000 counts
+    wnids = sorted(next((order for order in orders if len(order) == facts['classes']), set().union(*found)))
     parts = {part: label_images(*pair, wnids, facts['classes'], facts[part]) for part, pair in parts.items()}
     which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
     return parts, wnids, f'imagenet2012, classes are {which}'
@@ -895,8 +893,7 @@ def list_images(folder, listed=None):
     index = folder.with_name(f'{folder.name}-index.npz')
     with contextlib.suppress(Exception), np.load(index) as kept:  # damaged: the folders are read again
         if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):
-            labels = np.repeat(np.arange(len(classes)), kept['counts'])
-            return classes, EncodedImages(folder, kept['names'], labels)
+            return classes, EncodedImages(folder, kept['names'], kept['labels'])
 
     def files(name):
         return sorted(f'{name}/{file}' for file in os.listdir(folder / name) if re.fullmatch(IMAGE, file))
@@ -904,10 +901,10 @@ def list_images(folder, listed=None):
         found = list(pool.map(files, classes or ['.']))
     names = np.array([os.fsencode(path) for paths in found for path in paths], np.bytes_)
     if classes:
-        counts = [len(paths) for paths in found]
+        labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
         with contextlib.suppress(OSError), new_file(index) as file:  # the folder may be read-only
-            np.savez(file, classes=classes, modified=modified, names=names, counts=counts)
-        return classes, EncodedImages(folder, names, np.repeat(np.arange(len(classes)), counts))
+            np.savez(file, classes=classes, modified=modified, names=names, labels=labels)
+        return classes, EncodedImages(folder, names, labels)
     wnids = [class_of(path, listed or {}) for path in found[0]]
     if None in wnids:
         file = Path(found[0][wnids.index(None)]).name
@@ -918,17 +915,17 @@ def list_images(folder, listed=None):
 
 
 def read_lists(data_dir):
-    """({image's file name without its ending: wnid}, all 1000 wnids or none) by the csv or the official kit.
+    """({image's file name without its ending: wnid} by the csv or the official kit, [wnids] of the kit).
 
     They are searched in imagenet2012/, beside it, and in three folders above what it is a link to. The kit's
     ids start at 1, and its meta.mat has the wnids in their order: a MATLAB 5 file, of a header of 128 bytes,
     a tag of 8 and compressed data. Raises UserError if that is damaged.
     """
-    root, wnids, listed, full = data_dir / 'imagenet2012', [], {}, SETS['imagenet2012']['classes']
+    root, wnids, listed = data_dir / 'imagenet2012', [], {}
     beside = [data_dir, data_dir / 'ILSVRC2012_devkit_t12' / 'data', *root.resolve().parents[:3]]
-    lists = [*find_below(root, '|'.join(map(re.escape, LISTS))),
+    found = [*find_below(root, '|'.join(map(re.escape, LISTS))),
              *(folder / name for folder in beside for name in LISTS)]
-    lists = {path.name: path for path in reversed(lists) if path.is_file()}  # the first of a name wins
+    lists = {path.name: path for path in reversed(found) if path.is_file()}  # the first of a name wins
     if META in lists:
         try:
             meta = lists[META].read_bytes()
@@ -936,20 +933,22 @@ def read_lists(data_dir):
                 meta = zlib.decompress(meta[136:])
         except (OSError, IndexError, zlib.error) as error:
             raise UserError(f'{lists[META]} cannot be read ({error}). Delete it, {ADD_KIT}.') from error
-        found = re.findall(rb'n\d{8}', meta.replace(b'\0', b''))  # letters of 8 or 16 bits
-        wnids = [wnid.decode() for wnid in found[:full]]
+        text = meta.replace(b'\0', b'').decode('latin1')  # letters of 8 or 16 bits
+        wnids = re.findall(r'n\d{8}', text)[:SETS['imagenet2012']['classes']]
     if TRUTH in lists:
         ids = enumerate(lists[TRUTH].read_text('utf-8', 'replace').split(), 1)
         listed = {f'ILSVRC2012_val_{i:08}': wnids[int(n) - 1] for i, n in ids
                   if n.isdecimal() and 0 < int(n) <= len(wnids)}
     if CSV in lists:
         listed = parse_list(lists[CSV].read_text('utf-8', 'replace'))
-    complete = [order for order in (wnids, {*listed.values()}) if len(order) == full]
-    return listed, complete[0] if complete else ()
+    return listed, wnids
 
 
 def label_images(classes, images, wnids, class_count, image_count):
-    """EncodedImages of list_images, labelled by their class: an integer, or its place in `wnids`."""
+    """EncodedImages of list_images, labelled by their class: an integer, or its place in `wnids`.
+
+    Raises UserError for a class that is not in `wnids`, and for other counts of classes or images.
+    """
     place = {wnid: i for i, wnid in enumerate(wnids)}
     labels = [int(name) if name.isdigit() else place.get(name, -1) for name in classes]
     complete = len(wnids) == SETS['imagenet2012']['classes']  # or else integers mean nothing
@@ -966,7 +965,7 @@ def label_images(classes, images, wnids, class_count, image_count):
 
 
 def open_pack(pack):
-    """The same as open_imagenet, from what pack_imagenet has written."""
+    """The same as open_imagenet, from what pack_imagenet has written. Raises UserError if it is damaged."""
     parts = {}
     for part in ('train', 'val'):
         full, file = SETS['imagenet2012'][part], pack / f'{part}.bin'
@@ -984,8 +983,8 @@ def open_pack(pack):
     return parts, wnids, (pack / 'about.txt').read_text('utf-8', 'replace').strip()
 
 
-def open_test_sets(data_dir, wnids, say):
-    """{name: EncodedImages} of the IMAGENET_TESTS that are there; says which cannot be read, and why."""
+def open_test_sets(data_dir, wnids, warn):
+    """{name: EncodedImages} of the IMAGENET_TESTS that are there; warn: says what cannot be read, and why."""
     found = {}
     for name, (folder, *counts) in IMAGENET_TESTS.items():
         try:
@@ -995,7 +994,7 @@ def open_test_sets(data_dir, wnids, say):
                     raise UserError(f'{images.path} has no images.')
                 found[name] = label_images(classes, images, wnids, *counts)
         except (UserError, OSError) as error:  # no reason not to train
-            if say:
+            if warn:
                 print(f'{name} is left out: {error}', file=sys.stderr)
     return found
 
@@ -1066,13 +1065,14 @@ def augment(images, draws):
 
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
-    cuda = torch.cuda.is_available()  # else it is a test
+    cuda = torch.cuda.is_available()  # else it is MPS, or a test
 
     def take():
         return [t.pin_memory() if cuda else t for t in next(chunks)]
 
-    rank_device = torch.cuda.current_device() if cuda else -1  # a new thread would begin on device 0
-    pool, ready = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(rank_device,)), []
+    # a new thread would begin on device 0
+    begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if cuda else None
+    pool, ready = ThreadPoolExecutor(1, initializer=begin), []
     try:
         while True:
             while len(ready) < 3:
@@ -1148,7 +1148,10 @@ class JpegBatches(torch.utils.data.Dataset):
         return images.permute(0, 3, 1, 2), labels
 
     def stream(self, numbers):
-        """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N."""
+        """Yields the batches of these numbers, in order, on the device: uint8 N x 3 x 224 x 224, int64 N.
+
+        Raises UserError for an image that cannot be read, OSError if a loader process dies.
+        """
         starts, batch = range(0, self.batch, PIECE), []
         keys = ((number, first) for number in numbers for first in starts)
         pieces = self._by_processes(keys, len(starts)) if self.workers else (self[key] for key in keys)
@@ -1158,7 +1161,7 @@ class JpegBatches(torch.utils.data.Dataset):
                     raise piece
                 batch.append([to_device(t, self.device) for t in piece])
                 if len(batch) == len(starts):
-                    yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
+                    yield [torch.cat(parts) for parts in zip(*batch, strict=True)]
                     batch = []
 
     def _by_processes(self, keys, per_batch):
@@ -1228,20 +1231,21 @@ class JpegTrainBatches(JpegBatches):
 
     def __init__(self, images, batch, seed, device, workers=0, rank=0, world=1):
         super().__init__(images, batch // world, device, workers, rank, world)
-        self.seed, self.per_epoch, self.order = seed, len(images) // batch, (None, None)
+        self.seed, self.per_epoch = seed, len(images) // batch
+        self.epoch = self.order = None  # the epoch in work, and its order of the images
 
     def crops(self, number, first, count):
         """Yields (image's index, function that crops it) for positions of this rank's batch `number`."""
         epoch, step = divmod(number, self.per_epoch)
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
         # step + 1, because numpy seeds (seed, epoch, 0) as (seed, epoch), which the order has
         rng, batch = np.random.default_rng((self.seed, epoch, step + 1)), self.batch * self.world
         draws, flips = rng.random((batch, 10, 4)), rng.random(batch) < 0.5
         first += self.rank * self.batch
         for k in range(first, first + count):
             crop = functools.partial(random_crop, draws=draws[k], flip=flips[k])
-            yield self.order[1][step * batch + k], crop
+            yield self.order[step * batch + k], crop
 
     def batches(self, start):
         """Yields uint8 N x 3 x 224 x 224 and int64 N, N = batch / world, from iteration `start` on."""
@@ -1298,8 +1302,7 @@ def center_crop(image):
     height, width = image.shape[1:]
     short = min(height, width)
     rows, columns = SHORT_SIDE * height // short, SHORT_SIDE * width // short
-    if short != SHORT_SIDE:
-        image = resize(image, 0, 0, height, width, (rows, columns))
+    image = resize(image, 0, 0, height, width, (rows, columns))
     top, left = round((rows - CROP) / 2), round((columns - CROP) / 2)
     return image[:, top:top + CROP, left:left + CROP]
 
@@ -1312,15 +1315,17 @@ def resize(image, top, left, height, width, size):
 
 
 def decode_tensor(encoded, path):
-    """Encoded bytes (uint8 array) -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
+    """Encoded bytes -> uint8 3 x H x W, as decode() has it. Raises UserError with the path."""
     name, function = jpeg_decoder()
-    turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16].tobytes()  # it obeys the orientation
+    turns = name == 'torchcodec' and b'Exif' in encoded[:2 ** 16]  # it obeys the orientation
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torchvision says with every image that it is deprecated
         with contextlib.suppress(RuntimeError, ValueError):
-            if function and not turns and len(image := function(torch.from_numpy(encoded))) in (1, 3):
-                return image.expand(3, -1, -1)  # grey or RGB; CMYK is pillow's
-        return torch.from_numpy(np.array(decode(encoded.tobytes(), path))).permute(2, 0, 1)
+            if function and not turns:
+                image = function(torch.frombuffer(encoded, dtype=torch.uint8))
+                if len(image) in (1, 3):  # grey or RGB; CMYK is pillow's
+                    return image.expand(3, -1, -1)
+        return torch.from_numpy(np.array(decode(encoded, path))).permute(2, 0, 1)
 
 
 @functools.cache
@@ -1368,7 +1373,10 @@ def report(data_dir):
 
 
 def preview(name, data_dir, file):
-    """Writes a PNG of the first 64 training images as the network gets them, with their labels."""
+    """Writes a PNG of the first 64 training images as the network gets them, with their labels.
+
+    Raises UserError as prepare() and load() do.
+    """
     prepare(name, data_dir)
     train = load(name, data_dir, 64, 64, 42, 'cpu')[0]
     images, labels = next(train.batches(0))

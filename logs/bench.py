@@ -18,7 +18,8 @@ limit %           speed relative to multiplying large matrices of the same type 
 ratio             img/s relative to the usual style in the same turn
 
 With imagenet2012, the files under --data-dir are decoded, cropped to 224 px and flipped, by one process and
-then by loaders with 1, 2, 4 ... of them. The usual style is torchvision's ImageFolder with PIL transforms.
+then by loaders with 1, 2, 4 ... of them. The usual style is torchvision's ImageFolder with PIL transforms;
+it reads the original files, ours the pack where there is one.
 """
 import argparse
 import math
@@ -180,7 +181,7 @@ def bench_files(data_dir, turns):
             yield [function(i) for i in rng.integers(len(images), size=32).tolist()]
 
     def ours(workers):
-        return data.JpegTrainBatches(images, 32, 0, 'cpu', workers)
+        return data.JpegTrainBatches(images, 32, 0, 'cpu', workers).batches(0)
 
     def usual(workers):
         sampler = torch.utils.data.RandomSampler(folder, replacement=True, num_samples=10 ** 6)
@@ -196,12 +197,11 @@ def bench_files(data_dir, turns):
 
     cases = {'decode': (1, lambda: each(lambda i: data.decode_tensor(*images.read(i))),
                         lambda: each(lambda i: folder.loader(folder.samples[i][0]))),
-             'decode, crop, flip': (1, lambda: ours(0).batches(0),
-                                    lambda: each(folder.__getitem__))}
+             'decode, crop, flip': (1, lambda: ours(0), lambda: each(folder.__getitem__))}
     workers = 1
-    while workers <= os.cpu_count():
+    while workers <= data.usable_cores():
         cases[f'loader, {workers} processes'] = (
-            workers, lambda n=workers: ours(n).batches(0), lambda n=workers: usual(n))
+            workers, lambda n=workers: ours(n), lambda n=workers: usual(n))
         workers *= 2
     print(f'{len(images)} images from {about}; medians of {turns} turns, images per second and core\n\n'
           f'{"":22}  ours  usual  ratio')
@@ -221,7 +221,7 @@ def main():
     parser.add_argument('--updates', type=int, help='in a run (default: 20 to 2000, by the cost of the net)')
     parser.add_argument('--data-dir', type=Path, default=Path('datasets'), help='default: %(default)s')
     args = parser.parse_args()
-    if args.turns < 1 or (2 if args.updates is None else args.updates) < 2:
+    if args.turns < 1 or args.updates is not None and args.updates < 2:
         parser.error('--turns starts at 1, --updates at 2')
     if 'imagenet2012' in args.nets:
         try:

@@ -52,10 +52,10 @@ def set_up(args, precision):
     for name in ('data_dir', 'log_dir', 'eval'):
         if path := getattr(args, name):
             setattr(args, name, Path(os.path.expanduser(path)))  # --data-dir=~/data: no shell did it
-    if min(args.width, args.batch, args.accum, args.iters) < 1 or args.seed not in range(2 ** 64) or \
+    if min(args.width, args.batch, args.accum, args.iters) < 1 or args.seed not in range(2 ** 32) or \
             not all(0 <= value < math.inf for value in (args.lr, args.wd, args.workers or 0)):
         raise UserError('--width, --batch, --accum and --iters start at 1; --lr, --wd and --workers at 0; '
-                        '--seed goes from 0 to 2^64 - 1.')
+                        '--seed goes from 0 to 2^32 - 1.')
     rank, local_rank, world = ranks_of_environment()
     if args.batch % (world * args.accum):
         raise UserError(f'--batch {args.batch} is not divisible by {world} ranks x {args.accum} passes.')
@@ -79,6 +79,8 @@ def set_up(args, precision):
         if args.device == 'mps' and (not mps or world > 1):
             reason = 'takes one rank only' if mps else f'torch {torch.__version__} finds none'
             raise UserError(f'--device mps: {reason}. Use --device cpu.')
+        if args.device == 'mps' and args.precision == 'fp16':  # older torch cannot scale a loss there
+            raise UserError('--device mps takes --precision bf16 or fp32 only.')
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
         device, name = torch.device(args.device), cpu_name() + ', MPS' * (args.device == 'mps')
@@ -171,7 +173,7 @@ class Ranks:
 
     def rank_0_first(self, function, *arguments):
         """Calls it on rank 0, then on the first of each other machine, which may have a disk of its own."""
-        for my_turn in (self.rank == 0, self.local_rank == 0 < self.rank):
+        for my_turn in (self.rank == 0, self.rank > 0 and self.local_rank == 0):
             if my_turn:
                 function(*arguments)
             self.wait()
@@ -184,10 +186,10 @@ class Ranks:
         received = self.received  # and not self: the handler lives on, and would keep the process group
 
         def remember(number, frame):
-            # torchrun repeats at once what a terminal has sent to all processes
-            if received and time.monotonic() - received[1] > 1:
+            if not received:
+                received[:] = number, time.monotonic()
+            elif time.monotonic() - received[1] > 1:  # at once torchrun repeats what a terminal sent to all
                 os._exit(128 + number)
-            received[:] = received or (number, time.monotonic())
         for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
             if hasattr(signal, name):  # Windows lacks the last
                 signal.signal(getattr(signal, name), remember)
@@ -250,8 +252,6 @@ class Run:
         script: path of the script; a copy's runs have a folder of its name, not of its data set's.
         args: its flags. ranks: Ranks.
         config: dict, what the run is: a checkpoint with another config is not resumed.
-    Raises:
-        UserError: the folder cannot be written, or another process has the log.
     """
 
     def __init__(self, script, args, config, ranks):
@@ -263,38 +263,39 @@ class Run:
         dataset = config['dataset']
         own, kind = re.fullmatch('(.*?)(-synthetic|-incomplete|)', dataset).groups()
         top = dataset if self.script.stem == own.lower() else self.script.stem + kind
-        if ranks.rank == 0:
-            folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
-            self.log_path = open_log(folder, args.resume, config)
+        self.folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
 
     def begin(self, columns, trn, about):
-        """Reads the last good checkpoint, if any, and starts the clocks and the log: with its header, or with
-        a line that the run goes on.
+        """Finds the log, reads its last good checkpoint, if any, and starts the clocks and the log: with its
+        header, or with a line that the run goes on.
 
         Args:
             columns: titles of the rows. trn: training batches. about: how many images from where.
         Returns:
             What save() was given then, on the CPU; None without a checkpoint.
         Raises:
-            UserError: no checkpoint is good, though there is one.
+            UserError: the folder cannot be written, another process has the log, or no checkpoint is good,
+            though there is one.
         """
-        found, size = None, 0
-        if self.log_path:
+        args, ranks, found, size = self.args, self.ranks, None, 0
+        if ranks.rank == 0:
+            self.log_path = open_log(self.folder, args.resume, self.config)
             found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
-        state, note = self.ranks.from_rank_0(found)
+        state, note = ranks.from_rank_0(found)
         if state:
             self.clocks, self.rows, size = state['run']
         self.started = clock() - self.clocks['seconds']
-        if self.log_path:  # rows after the checkpoint will be written again: all of them without one
-            os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
-        args, ranks = self.args, self.ranks
+        if not self.log_path:
+            return state
+        # rows after the checkpoint will be written again: all of them without one
+        os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
         per_pass = args.batch // ranks.world // args.accum
         passes = f'{ranks.world} x {args.accum} x {per_pass} images make a batch'
         devices = f'{ranks.world} x {ranks.device_name}'
         sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
         digests = {f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources}
         if state:
-            text = self.log_path.read_text('utf-8', 'replace') if self.log_path else ''
+            text = self.log_path.read_text('utf-8', 'replace')
             others = [key.split()[1] for key, value in digests.items() if header_line(key, value) not in text]
             changed = f'; changed since the start: {" ".join(others)}' if others else ''
             self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
@@ -362,8 +363,9 @@ class Run:
         """
         self.clocks['seconds'] = clock() - self.started
         self.rows.append((it, *self.clocks.values()))
-        iter_per_s, (_, per_s, waited) = speed(self.rows)[0], speed(self.rows[-2:])
-        return 60 * iter_per_s, self.args.batch * per_s, 100 * waited, duration(self.clocks['seconds'])
+        iter_per_s, _, _ = speed(self.rows)
+        _, trn_per_s, waited = speed(self.rows[-2:])
+        return 60 * iter_per_s, self.args.batch * trn_per_s, 100 * waited, duration(self.clocks['seconds'])
 
     def check_finite(self, loss, skipped, val_nll, scale, start, end):
         """Ends the run with a FloatingPointError if it has diverged in the updates from `start` to `end`.
@@ -442,7 +444,7 @@ def open_log(folder, resume, config):
             # labels that are not those of its checkpoint are an error, other settings another run's
             same = not text or all(header_line(*item) in text for item in config.items()
                                    if item[0] != 'labels_crc32')
-            if '\nRESULT ' in text or not same:
+            if re.search('^RESULT .*\n', text, re.M) or not same:  # a full disk may have cut it short
                 continue
             saved = any(path.with_suffix(f'.{kind}.pt').exists() for kind in ('last', 'prev'))
             if re.search(r'^ *\d+ ', text, re.M) and not saved:
@@ -480,7 +482,7 @@ def write_checkpoint(path, previous=None, **content):
     With `previous`, the old file takes that name first.
     """
     buffer, temporary = io.BytesIO(), path.with_suffix('.tmp')
-    torch.save(content, buffer)
+    torch.save(content, buffer)  # to a full disk it would fail without saying that it is full
     try:
         with open(temporary, 'wb') as file:
             file.write(buffer.getbuffer())
@@ -504,8 +506,8 @@ def read_checkpoint(path, config, *parts):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of a pickle's protocol: what can be said follows in a sentence
             state = torch.load(path, map_location='cpu', weights_only=True)
-        theirs = state.get('config')
-        theirs = theirs if isinstance(theirs, dict) and 'depth' in theirs else config
+        if not isinstance(state.get('config'), dict) or 'depth' not in state['config']:
+            state.pop('config', None)  # of weights from elsewhere
         state |= {part: state[part] for part in parts}  # a KeyError if one is missing
     except MemoryError:
         raise  # the file may be good
@@ -518,6 +520,7 @@ def read_checkpoint(path, config, *parts):
         elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
+    theirs = state.get('config', {})
     for key, value in config.items():
         if theirs.get(key, value) != value:  # older ones lack some
             raise UserError(f'{path} was made with {key} {theirs[key]}, here it is {value}.')
@@ -564,18 +567,22 @@ def weights_in(content):
 def load_weights(net, path, shape):
     """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
-    shape: the part of a config that says which net it is. Raises UserError if the weights do not fit.
+    shape: the part of a config that says which net it is. Returns a line on where the weights come from.
+    Raises UserError if they do not fit.
     """
     content = read_checkpoint(path, shape)
-    config = content.get('config')
-    own = isinstance(config, dict) and 'depth' in config  # maybe of a copy, which may have another net
-    if not (weights := content.get('net') if own else weights_in(content)):
+    # ours may be of a copy of a script, which may have another net
+    if not (weights := content.get('net') if 'config' in content else weights_in(content)):
         raise UserError(f'{path} has no weights of such a net: nothing in it is called conv1.weight.')
     try:
         net.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:  # the message lists keys and shapes
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
+    if 'it' not in content:  # a last.pt, or from elsewhere
+        return f'weights of {path}'
+    return (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
+            f'{content["val_acc"]:.4f} in training')
 
 
 # ---- errors ----
@@ -603,6 +610,7 @@ def plain_errors():
     print_all_names()
     with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or no file
         faulthandler.enable()  # says where, should a mapped data file be cut short under us (SIGBUS)
+    code = 0
     try:
         yield
     except KeyboardInterrupt:
@@ -612,12 +620,10 @@ def plain_errors():
     except Exception as error:
         if not (message := in_plain_words(error)):
             raise
-        if int(os.environ.get('RANK') or 0):
+        if os.environ.get('RANK', '') not in ('', '0'):  # which may be no number: that is the error, then
             time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
         print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    else:
-        code = 0
     if dist.is_initialized():  # not after an error: it might wait for ranks that are gone
         dist.destroy_process_group()
     if code:

@@ -132,7 +132,7 @@ def result_contradictions(log):
     said += [(key, best[key], 'the last row with *') for key in ('val_acc', 'val_nll')]
     evaluated = sorted({*log.evals, *(key for key in result if key.endswith(('_acc', '_nll')))})
     said += [(key, log.evals.get(key), 'the lines below the rows') for key in evaluated]
-    said += [('device', (log.devices or '').removeprefix(f'{result.get("world")} x '), 'the last start')]
+    said += [('device', log.devices.removeprefix(f'{result.get("world")} x '), 'the last start')]
     for key, value, source in said:
         if result.get(key) != value:
             yield f'RESULT has {key}={result.get(key)}, {source} {value}'
@@ -178,21 +178,22 @@ def read_reference(logs):
 def make_lines(reference, logs):
     """([(row, runs or [])] of all rows in their order, [(header, runs)] of finished runs without a row)."""
     finished = {values(log.header, (*SETTINGS, 'seed')) for log in logs if log.result}
-    newest, groups, lines, others = {}, {}, {i: [] for i in range(len(reference))}, []
+    newest, groups, lines, others = {}, {}, [], []
     for log in sorted(logs, key=lambda log: log.path.name):  # by date
         run = values(log.header, (*SETTINGS, 'seed'))
         if log.result or run not in finished:
-            newest[run, log.result and log.devices] = log
-    for (run, devices), log in sorted(newest.items(), key=lambda item: int(item[0][0][-1])):  # by seed
-        groups.setdefault((run[:-1], devices) if log.result else run, []).append(log)  # one stopped is alone
+            newest[run, log.devices] = log
+    for log in sorted(newest.values(), key=lambda log: int(log.header['seed'])):
+        same = (values(log.header, SETTINGS), log.devices) if log.result else log.path  # one stopped is alone
+        groups.setdefault(same, []).append(log)
     for runs in groups.values():
         header = runs[0].header
-        fits = [i for i, row in enumerate(reference) if values(row, SCHEDULE) == values(header, SCHEDULE)]
+        fits = [row for row in reference if values(row, SCHEDULE) == values(header, SCHEDULE)]
         precision = 'fp32' if header['precision'] == 'fp32' else 'fp16'
-        for i in [i for i in fits if reference[i]['precision'] == precision] or fits:
-            lines[i].append((reference[i], runs))
+        lines += [(row, runs) for row in [row for row in fits if row['precision'] == precision] or fits]
         others += [(header, runs)] if runs[0].result and not fits else []
-    return [line for i, row in enumerate(reference) for line in lines[i] or [(row, [])]], others
+    lines += [(row, []) for row in reference if all(row is not other for other, _ in lines)]
+    return sorted(lines, key=lambda line: reference.index(line[0])), others
 
 
 def compare(row, runs):
@@ -248,8 +249,10 @@ def weights(log):
 
 
 def markdown(lines):
-    """A table of dicts {title: text}, without the columns that would be empty."""
-    titles = [title for title in (lines or [{}])[0] if any(line[title] for line in lines)]
+    """A table of dicts {title: text}, without the columns that would be empty; '' without lines."""
+    if not lines:
+        return ''
+    titles = [title for title in lines[0] if any(line[title] for line in lines)]
     table = [titles, ['-'] * len(titles), *([line[title] for title in titles] for line in lines)]
     return ''.join(f'| {" | ".join(texts)} |\n' for texts in table)
 
@@ -316,8 +319,8 @@ def make(root):
     datasets = [*dict.fromkeys(row['dataset'] for row in reference)]
     good, problems = read_logs(logs, datasets)
     lines, others = make_lines(reference, good)
-    begun = {runs[0].path: (row, runs) for row, runs in lines[::-1] if runs}  # the first row, if several fit
-    begun = [*begun.values()][::-1]
+    first = {runs[0].path: row for row, runs in reversed(lines) if runs}  # of the rows that a run fits
+    begun = [(row, runs) for row, runs in lines if runs and row is first[runs[0].path]]
     finished = [(row, runs) for row, runs in begun if runs[0].result]
     stopped = [(row, runs) for row, runs in begun if not runs[0].result and compare(row, runs)[0]]
     tables = ''
