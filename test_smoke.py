@@ -179,12 +179,14 @@ class Trial:
             resource.prlimit(process.pid, *limit)
         timer = threading.Timer(200, process.kill)  # if it hangs
         timer.start()
-        for line in process.stdout:
-            text += line
-            if action := at.pop(line[:7].strip(), None):
-                action(process)
-        code = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                text += line
+                if action := at.pop(line[:7].strip(), None):
+                    action(process)
+            code = process.wait()
+        finally:
+            process.kill(), timer.cancel()
         assert not at, f'{[*at]} never came:\n{text}'
         return code, text
 
@@ -1647,6 +1649,8 @@ def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
             '--data-dir', small)
     refused('is damaged', main, 'data.py', 'unpack', 'imagenet2012', '--data-dir', tmp_path)
     says(run('data.py', 'CIFAR11', ok=2), 'no data set CIFAR11', 'CIFAR10_x32')
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    assert f'in {tmp_path}/\\xe9/\n' in run('data.py', '--data-dir', tmp_path / 'é')
     monkeypatch.setattr(data, 'report', lambda folder: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match='^130$'):
         main('data.py')
