@@ -661,6 +661,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     if facts['size'] not in (32, 64, CROP):
         raise UserError(f'{name} has images of {facts["size"]} px, but the networks take 32 or 64. Enlarge '
                         'yours, or fill them up with zeros on all sides.')
+    if not (all(0 <= mean <= 1 for mean in facts['mean']) and all(0 < std <= 1 for std in facts['std'])):
+        raise UserError(f'{name}: mean and std have to be those of pixels on the 0..1 scale.')
     if name == 'imagenet2012' and not synthetic:
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, warn=rank == 0)
@@ -798,8 +800,8 @@ def read_arrays(name, folder, remedy=None):
             raise UserError(f'{name}: {labels_file} holds labels {labels.min()} to {labels.max()}, '
                             f'but the classes are 0 to {facts["classes"] - 1}.')
         if len(images) != full and not incomplete_allowed():
-            raise UserError(f'{name}: {images_file} holds {len(images)} of {full} images. {remedy} '
-                            f'{INCOMPLETE}=1 in the environment accepts a part of the set, for a trial.')
+            raise UserError(f'{name}: {images_file} holds {len(images)} images, not {full}. {remedy} '
+                            f'{INCOMPLETE}=1 in the environment accepts them for a trial.')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that one must not write to the images
             parts.append(Arrays(torch.from_numpy(images), torch.from_numpy(labels), images.base))
@@ -1005,7 +1007,7 @@ class TrainBatches:
     """Training batches of one rank, endlessly, from any iteration on.
 
     arrays: Arrays, on the device or in (mapped) host memory. batch: images in a global batch, of which rank r
-    takes positions r * batch / world and up. seed: of order and augmentation. device: where they are wanted.
+    takes the r-th of `world` equal parts. seed: of order and augmentation. device: where they are wanted.
     """
 
     def __init__(self, arrays, batch, seed, device, rank=0, world=1):
@@ -1028,7 +1030,7 @@ class TrainBatches:
     def _chunks(self, start):
         """Images, labels and draws of several batches at once: fewer and larger operations."""
         (images, labels), local = self.arrays, self.batch // self.world
-        # up to 16 batches, or 16 MiB
+        # up to 16 batches, or 16 MiB of images
         steps_at_once = max(1, min(16, 2 ** 24 // (local * images[0].numel())))
         epoch, step = divmod(start, self.per_epoch)
         while True:
@@ -1065,7 +1067,7 @@ def augment(images, draws):
 
 def ahead(chunks):
     """Takes from `chunks` in a thread, two in advance and in pinned memory, while the device works."""
-    cuda = torch.cuda.is_available()  # else it is MPS, or a test
+    cuda = torch.cuda.is_available()  # or else MPS, which has no pinned memory
 
     def take():
         return [t.pin_memory() if cuda else t for t in next(chunks)]
@@ -1091,7 +1093,7 @@ class EvalBatches:
     """An evaluation set in batches of one fixed size; over all ranks every image comes exactly once.
 
     Rank r takes images r, r + world, ... All ranks yield equally many batches, the last filled up with black
-    images of label -100, which cross_entropy ignores and no argmax equals. batch: images in that of one rank.
+    images of label -100, which cross_entropy ignores and no argmax equals. batch: images per batch and rank.
     """
 
     absent = None  # as JpegEvalBatches has it

@@ -27,7 +27,7 @@ WIDTH = 1             # multiplies the channels
 SEED = 42             # of initial weights, order and augmentation
 BATCH = 2048          # images per update, over all devices
 ITERS = 64_000        # updates: 102 epochs
-LR = 0.8              # the highest learning rate; it grows with --batch, as ITERS shrinks
+LR = 0.8              # the highest; in proportion to --batch, ITERS inversely so
 MOMENTUM = 0.9        # plain SGD: no Nesterov, no dampening
 WEIGHT_DECAY = 1e-4   # of every parameter, batch norm and biases too
 WARMUP = 0.1          # of ITERS, linear from 0; a cosine to 0 follows
@@ -36,7 +36,8 @@ PRECISION = 'fp16'    # on CUDA; bf16 on a CPU that computes in it (AVX512-BF16,
 # ==== identical in all seven scripts below this line (test_smoke.py) ====
 
 def lr_at(it, iters, peak):
-    """Learning rate of update `it`, counted from 0: linear from 0 over the warm-up, then a cosine to 0."""
+    """Learning rate of update `it`, from 0 on: linear from 0 over the warm-up, then a cosine to 0. Update 0
+    changes no weights, as in the reference."""
     warmup = WARMUP * iters
     if it < warmup:
         return peak * it / warmup
@@ -52,17 +53,18 @@ def parse_args():
     add('--width', type=int, default=WIDTH, help='multiplies the channels (default: %(default)s)')
     add('--seed', type=int, default=SEED, help='of weights, order, augmentation (default: %(default)s)')
     add('--batch', type=int, default=BATCH, help='images per update, over all devices (default: %(default)s)')
-    add('--iters', type=int, help=f'updates (default: {ITERS} at batch {BATCH}, half of it at twice that)')
-    add('--lr', type=float, help=f'highest learning rate (default: {LR} at batch {BATCH}, in proportion)')
+    add('--iters', type=int, help=f'updates (default: {ITERS} x {BATCH} / batch)')
+    add('--lr', type=float, help=f'highest learning rate (default: {LR} x batch / {BATCH})')
     add('--wd', type=float, default=WEIGHT_DECAY, help='weight decay (default: %(default)s)')
     add('--precision', choices=['fp16', 'bf16', 'fp32'],
         help=f'default: {PRECISION} on CUDA, bf16 on a CPU with AVX512-BF16 or AMX, else fp32')
     add('--compile', action=argparse.BooleanOptionalAction, help='torch.compile (default: on CUDA)')
     add('--accum', type=int, default=1,
-        help='passes that make up a batch, to save memory; batch norm sees one (default: 1)')
-    add('--device', choices=['cuda', 'mps', 'cpu'], help='default: the first of these that there is')
+        help='gradient accumulation: passes per batch; batch norm sees one (default: 1)')
+    add('--device', choices=['cuda', 'mps', 'cpu'], help='default: the first one available')
     add('--workers', type=int, help='loader processes per rank, where images are files (default: by cores)')
-    add('--data-dir', type=Path, default='datasets', help='data sets (default: %(default)s)')
+    add('--data-dir', type=Path, default='datasets',
+        help='data sets (default: %(default)s, in the current folder)')
     add('--log-dir', type=Path, default=Path(__file__).resolve().parent / 'logs',
         help='logs and checkpoints (default: logs, beside this file)')
     add('--synthetic', action='store_true', help='generated images: try it out without a data set')
@@ -86,7 +88,7 @@ def evaluate(net, forward, batches, ranks):
     """(accuracy, mean negative log-likelihood) of an evaluation set, every image counted once.
 
     forward: uint8 images -> logits. batches: an evaluation set of data.load(). The net is in training mode
-    afterwards. On a stop signal, ranks raises Stopped.
+    afterwards. On a stop signal ranks.check_signals() raises Stopped.
     """
     net.eval()
     totals = torch.zeros(3, device=batches.device)  # correct answers, summed nll, images
@@ -104,6 +106,7 @@ def evaluate(net, forward, batches, ranks):
     return correct / count, nll / count
 
 
+# logs/README.md explains them
 COLUMNS = '   iter         lr trn loss trn acc val acc val nll iter/min   img/s wait % skipped  elapsed\n'
 
 
@@ -115,7 +118,7 @@ def main():
     # training batches, and evaluation sets by name: val, then tst or IN-V2 and others
     if not args.synthetic:
         ranks.rank_0_first(data.prepare, DATASET, args.data_dir)
-    per_pass = args.batch // world // args.accum  # images that go through one rank's net at once
+    per_pass = args.batch // world // args.accum  # images that go through one rank's net at once, val's too
     trn, evals, about, crc = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                        ranks.rank, world, args.synthetic, args.workers,
                                        trained_elsewhere=bool(args.eval))
@@ -125,17 +128,17 @@ def main():
     facts = data.SETS[DATASET]
     shape = dict(depth=args.depth, width=args.width, image_size=facts['size'], num_classes=facts['classes'],
                  mean=facts['mean'], std=facts['std'])
-    torch.manual_seed(args.seed)  # of the initial weights; batches are functions of the seed themselves
+    torch.manual_seed(args.seed)  # of the initial weights only: its state is not saved, batches need none
     net = ResNet(**shape).to(device)
-    if args.device != 'mps':  # whose batch norm is wrong for it
+    if args.device != 'mps':  # its batch norm is wrong then (pytorch issue 175189)
         net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=MOMENTUM, weight_decay=args.wd,
-                                fused=args.device == 'cuda')  # or the loss scaler would wait for it
+                                fused=args.device == 'cuda')  # or GradScaler would wait for the GPU
     for p in net.parameters():  # fused SGD leaves it uninitialised if fp16 skips the first update
         optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == 'fp16')
     dtype = {'fp16': torch.float16, 'bf16': torch.bfloat16}.get(args.precision)  # None: no autocast
-    model = net if world == 1 else DistributedDataParallel(  # running statistics are averaged below instead
+    model = net if world == 1 else DistributedDataParallel(  # of buffers: average_running_statistics
         net, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=args.accum == 1)
 
     def trn_forward(images, labels):
@@ -168,7 +171,7 @@ def main():
     run = Run(__file__, args, config, ranks)
     if state := run.begin(COLUMNS, trn, about):  # its last checkpoint
         net.load_state_dict(state['net'])
-        groups = optimizer.state_dict()['param_groups']  # as set above: `fused` is the device's
+        groups = optimizer.state_dict()['param_groups']  # ours: `fused` hangs on the device
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
         scaler.load_state_dict(state['scaler'])
         if ranks.rank == 0:  # saved as the sum over ranks
@@ -184,7 +187,7 @@ def main():
 
     every = min(EVAL_EVERY, max(1, args.iters // 10))
     batches = trn.batches(it)
-    one = torch.ones((), device=device)  # scaled, it tells the loss scale without waiting for the device
+    one = torch.ones((), device=device)  # scaled, it is the loss scale, for which get_scale() would wait
     ranks.catch_signals()
     if args.compile:
         run.status('torch.compile works on the network: a minute for R20x1, several for R50x1')
@@ -195,7 +198,7 @@ def main():
                 with run.not_training('evaluating'):
                     average_running_statistics(net, ranks)
                     val_acc, val_nll = evaluate(net, evl_forward, evals['val'], ranks)
-                run.check_finite(loss, skipped, val_nll, scaler.get_scale(), row_it, it)
+                run.check_finite(loss, skipped, val_nll, scaler.get_scale(), start=row_it, end=it)
                 is_best = val_acc > best_acc
                 if is_best:
                     best_it, best_acc, best_nll = it, val_acc, val_nll

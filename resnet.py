@@ -29,8 +29,8 @@ def conv(channels_in, channels_out, kernel, stride=1):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that does not count its batches: with a momentum nobody reads the count, and on a GPU each
-    layer would launch a kernel for it. The buffer stays, since torchvision's state_dict has it."""
+    """Batch norm that does not count its batches: num_batches_tracked is read without a momentum only, and on
+    a GPU each layer would launch a kernel for it. It stays, since torchvision's state_dict has it."""
 
     def forward(self, x):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
             for j in range(n):
                 stage.append(Block(channels, inner, out, 2 if i > 0 and j == 0 else 1, bottleneck))
                 channels = out
-            self.stages.append(f'layer{i + 1}')
+            self.stages.append(f'layer{i + 1}')  # torchvision's names
             self.add_module(self.stages[-1], stage)
         self.fc = nn.Linear(channels, num_classes)
 
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
     def features(self, images):
         """uint8 images, N x 3 x H x W -> float32 pooled features, N x channels."""
         x = torch.addcmul(self.shift, images.float(), self.scale)
-        if x.device.type == 'mps':  # its batch norm is wrong for channels_last (pytorch issue 175189)
+        if x.device.type == 'mps':  # its batch norm is wrong for channels_last, in which batches come
             x = x.contiguous()
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for stage in self.stages:

@@ -467,7 +467,9 @@ def test_killed_and_resumed_weights_are_bit_identical(trial, whole):
     kill(trial, ['write_checkpoint', 'row'])
     trial.main('--resume')
     assert 0 < trial.resumed[-1] < 24
-    assert re.search(r'\nresumed .* on 1 x [^;]+; .*, commit [^;]+; 1 x 1 x 32 .*; 204 trn, .*\n', trial.text)
+    changed = 'changed since the start: test_smoke.py'  # which the killed process had not imported
+    assert re.search(rf'\nresumed .* on 1 x [^;]+; .*, commit [^;]+; {changed}; 1 ranks x 1 passes x 32 .*; '
+                     r'204 trn, .*\n', trial.text)
     trial.same_as(whole)
 
 
@@ -550,7 +552,7 @@ def test_the_newest_run_of_these_settings_goes_on(tmp_path, capsys):
     assert [log.stem for log in found[:3]] == ['2-0', '1-0', '3-0']
     assert re.fullmatch(r'\d{8}-\d{6}', found[3].stem)  # a new one
     assert capsys.readouterr().out == 4 * kept + (
-        f'{tmp_path} has no run of these settings to resume: a new one begins.\n')
+        f'{tmp_path} has no unfinished run of these settings: a new one begins.\n')
 
 
 def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
@@ -1214,7 +1216,7 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch):
             ([*here, '--eval', file], {}, 'as a checkpoint .*a safetensors file'),
             ([*here, '--eval', tmp_path / 'none'], {}, 'No such file'),
             ([*here, '--log-dir', text], {}, 'text.*--log-dir'),
-            (here, {data.INCOMPLETE: ''}, 'holds 250 of 50000 images'),
+            (here, {data.INCOMPLETE: ''}, 'holds 250 images, not 50000'),
             ([*here, '--batch', 512], {}, '512.* 204 training images'),
             # no shell has replaced this ~; and what is empty in the environment is not there
             (['--data-dir=~/home', '--batch', 512], dict(HOME=tmp_path, WORLD_SIZE=''), '204')):
@@ -1302,11 +1304,13 @@ def test_own_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     refused('sorted by class', opened, 4 - labels)  # the boundary lies within a class
     monkeypatch.setitem(data.SETS, 'Own', own | dict(train=60, val=40))
     assert load(tmp_path, name='Own', batch=4096, synthetic=True)[0].per_epoch == 1
+    monkeypatch.setitem(data.SETS, 'Own', own | dict(mean=(115,)))
+    refused('Own: .* on the 0..1 scale', opened, labels)
     monkeypatch.setitem(data.SETS, 'Own', own | dict(size=28))
     for synthetic in (False, True):
         refused('images of 28 px, but the networks take 32 or 64', opened, labels, synthetic=synthetic)
     monkeypatch.setitem(data.SETS, 'Own', own | dict(test=60))
-    refused(r"holds 10 of 60 images. Correct it, or SETS\['Own'\]", opened, labels, whole=True)
+    refused(r"holds 10 images, not 60. Correct it, or SETS\['Own'\]", opened, labels, whole=True)
 
 
 def test_data_are_prepared_once_on_each_machine():
@@ -1434,7 +1438,7 @@ def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
             batch, protocol=2 + i % 4)
     for home, batches in files.items():
         write_tree(*((tmp_path, {f'{home}.zip': zipped(batches)}) if archive else (tmp_path / home, batches)))
-    refused('holds 50 of 1281167', data.prepare, name, tmp_path, whole=True)
+    refused('holds 50 images, not 1281167', data.prepare, name, tmp_path, whole=True)
     data.prepare(name, tmp_path)
     (images, labels), (_, test_labels), about = data.read_arrays(name, tmp_path / name)
     pixels = np.concatenate([batch['data'] for batch in train])
@@ -1968,7 +1972,7 @@ def test_what_the_landing_page_says():
     full, stopped = (line for line in lines if line[1])
     says(tables.on_finished(*full), 'R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', '**0.9300**',
          'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher')
-    says(tables.on_stopped([stopped]), 'runs begun: 1. Their training losses over the first 2000 to 2000')
+    says(tables.on_stopped([stopped]), 'Not finished: 1. Their training losses over the first 2000 to 2000')
     assert tables.on_stopped([]) == ''
     line, = cells(tables.runs_table([full]))
     assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'
@@ -2083,9 +2087,9 @@ def test_the_commit_in_the_header_is_that_of_the_sources(tmp_path, monkeypatch):
     assert runs.commit([tracked]) == 'unknown'
     git('init', '-q'), git('add', 'tracked.py'), git('commit', '-qm', 'x')
     name = runs.commit([tracked])
-    assert re.fullmatch('[0-9a-f]{7,}', name) and runs.commit([tracked, copy]) == f'{name}, changed since'
+    assert re.fullmatch('[0-9a-f]{7,}', name) and runs.commit([tracked, copy]) == f'{name}, with changes'
     tracked.write_text('changed')
-    assert runs.commit([tracked]) == f'{name}, changed since'
+    assert runs.commit([tracked]) == f'{name}, with changes'
 
 
 def test_torchvision_weights_are_evaluated_as_torchvision_does(imagenet, tmp_path, capsys):
@@ -2312,14 +2316,14 @@ def test_a_copy_is_changed_in_one_place_each(trial, mine):
     copy.stop(4)
     (HERE / script).write_text((HERE / script).read_text() + '# later\n')
     copy.main('--resume')
-    assert f'; changed since the start: {script}; 1 x' in copy.text
+    assert f'; changed since the start: {script}; 1 ranks x' in copy.text
     again = copy.but(logs=trial.logs.with_name('again'))
     again.main()
     copy.same_as(again)
     assert copy.resumed == [5] and (0, 'exp_avg') in copy.weights
     assert copy.weights['conv1.weight'].shape == (16, 3, 5, 5)
     assert copy.log.parts[-4] == f'{Path(script).stem}-incomplete'  # not the original's folder
-    assert re.search('^commit +: (unknown|.*, changed since)$', copy.text, re.M)
+    assert re.search('^commit +: (unknown|.*, with changes)$', copy.text, re.M)
     assert runs.speed([(0, 0.0, 0.0, 0.0), (6000, 60.0, 10.0, 0.0), (12000, 180.0, 20.0, 11.0)]) == (
         50, 6000 / 110, 0.1)
 

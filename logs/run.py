@@ -257,7 +257,7 @@ class Run:
     def __init__(self, script, args, config, ranks):
         self.script, self.args, self.config, self.ranks = Path(script).resolve(), args, config, ranks
         self.clocks = dict(seconds=0.0, not_training=0.0, waited=0.0)
-        self.rows = [(0, *self.clocks.values())]  # of each row: update, clocks
+        self.rows = [(0, *self.clocks.values())]  # (update, *clocks) of each row
         self.log_path, self.shown = None, 0.0
         self.live = ranks.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
         dataset = config['dataset']
@@ -272,7 +272,7 @@ class Run:
         Args:
             columns: titles of the rows. trn: training batches. about: how many images from where.
         Returns:
-            What save() was given then, on the CPU; None without a checkpoint.
+            What save() was given for it, on the CPU; None without a checkpoint.
         Raises:
             UserError: the folder cannot be written, another process has the log, or no checkpoint is good,
             though there is one.
@@ -280,6 +280,7 @@ class Run:
         args, ranks, found, size = self.args, self.ranks, None, 0
         if ranks.rank == 0:
             self.log_path = open_log(self.folder, args.resume, self.config)
+            say(f'{self.log_path}\n')
             found = read_last_checkpoint(self.path('last'), self.path('prev'), self.config)
         state, note = ranks.from_rank_0(found)
         if state:
@@ -290,9 +291,11 @@ class Run:
         # rows after the checkpoint will be written again: all of them without one
         os.truncate(self.log_path, min(size, self.log_path.stat().st_size))
         per_pass = args.batch // ranks.world // args.accum
-        passes = f'{ranks.world} x {args.accum} x {per_pass} images make a batch'
+        passes = f'{ranks.world} ranks x {args.accum} passes x {per_pass} images make a batch'
         devices = f'{ranks.world} x {ranks.device_name}'
-        sources = [self.script, ROOT / 'resnet.py', ROOT / 'data.py', ROOT / 'logs' / 'run.py']
+        # data.py, resnet.py, and what else a copy has imported
+        modules = [file for file in sorted(ROOT.glob('*.py')) if file.stem in sys.modules]
+        sources = [*dict.fromkeys([self.script, *modules, ROOT / 'logs' / 'run.py'])]
         digests = {f'sha256 {file.name}': hashlib.sha256(file.read_bytes()).hexdigest() for file in sources}
         if state:
             text = self.log_path.read_text('utf-8', 'replace')
@@ -300,6 +303,7 @@ class Run:
             changed = f'; changed since the start: {" ".join(others)}' if others else ''
             self.log(f'resumed at update {state["progress"][0]} on {devices}; torch {torch.__version__}, '
                      f'commit {commit(sources)}{changed}; {passes}; {about}{note}\n')
+            say(columns)
             return state
         tf32 = torch.version.cuda and args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
         lines = {
@@ -313,8 +317,8 @@ class Run:
             **({'fp32 products': 'TF32'} if tf32 else {}),
             'compile': f'{args.compile}{", CUDA graphs" if args.compile and cuda_graphs() else ""}',
             'images': about,
-            'ranks, passes': passes,
-            'epochs': f'{args.iters / trn.per_epoch:.1f} of {trn.per_epoch} updates',
+            'passes': passes,
+            'epochs': f'{args.iters / trn.per_epoch:.1f}, of {trn.per_epoch} updates each',
         }
         self.log(''.join(header_line(*item) for item in lines.items()) + f'\n{columns}')
 
@@ -421,13 +425,13 @@ def speed(rows):
 
 
 def commit(sources):
-    """The git commit, and whether one of these files is not as it was there; 'unknown' outside of git."""
+    """The git commit, and whether one of these files is not as it is there; 'unknown' outside of git."""
     def git(*words):
         return subprocess.run(['git', *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     if not shutil.which('git') or not (name := git('rev-parse', '--short', 'HEAD')):
         return 'unknown'
     tracked = len(git('ls-files', '--', *sources).splitlines()) == len(sources)
-    return name if tracked and not git('status', '--porcelain', '--', *sources) else f'{name}, changed since'
+    return name if tracked and not git('status', '--porcelain', '--', *sources) else f'{name}, with changes'
 
 
 def open_log(folder, resume, config):
@@ -452,7 +456,7 @@ def open_log(folder, resume, config):
                 continue
             unfinished.append((saved, path))
         if resume and not unfinished:
-            say(f'{folder} has no run of these settings to resume: a new one begins.\n')
+            say(f'{folder} has no unfinished run of these settings: a new one begins.\n')
         file = open(max(unfinished)[1], 'a') if unfinished else None
         while file is None:
             try:

@@ -31,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import UserError  # noqa: E402 - the line above finds these
+from data import SETS, UserError  # noqa: E402 - the line above finds these
 from logs.run import plain_errors, run_folder_name  # noqa: E402
 from resnet import ResNet, parameters  # noqa: E402
 
@@ -294,18 +294,20 @@ def runs_table(lines):
 
 def on_finished(row, runs):
     kind, key = ('test', 'tst_acc') if row['tst_acc'] else ('validation', 'val_acc')
+    images, accuracy = SETS[row['dataset']]['test' if key == 'tst_acc' else 'val'], float(row[key])
+    error = math.sqrt(accuracy * (1 - accuracy) / images)  # standard deviation of a binomial distribution
     off, most = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
     return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
             f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the '
-            f'reference {row[key]}; its training loss is within {100 * most:.1f} % of the reference\'s at '
-            f'all {len(runs[0].rows)} rows of their logs, {100 * abs(off):.1f} % '
-            f'{"higher" if off > 0 else "lower"} in the geometric mean.')
+            f'reference {row[key]} (standard error on {images} images: {error:.3f}); its training loss is '
+            f'within {100 * most:.1f} % of the reference\'s at all {len(runs[0].rows)} rows of their logs, '
+            f'{100 * abs(off):.1f} % {"higher" if off > 0 else "lower"} in the geometric mean.')
 
 
 def on_stopped(lines):
     means = [mean_ratio(*line) for line in lines]
     updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
-    return (f'More runs begun: {len(lines)}. Their training losses over the first {min(updates)} to '
+    return (f'Not finished: {len(lines)}. Their training losses over the first {min(updates)} to '
             f'{max(updates)} updates are {min(means):.3f} to {max(means):.3f} times the reference\'s, in the '
             f'geometric mean of each run.') if lines else ''
 
@@ -428,6 +430,8 @@ def main():
             print(*(text for places in pages.values() for text in places.values()), sep='\n')
         case ['--write' | '--check' as task]:
             problems = check(ROOT, write=task == '--write')
+            if not problems:
+                print('Logs, tables and links agree.')
         case ['--plot']:
             problems = plot(ROOT)
         case ['-h' | '--help']:
