@@ -704,7 +704,7 @@ def room(device):
     if device.type == 'cpu':
         return 0
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0] / 2
+        return torch.cuda.mem_get_info(device)[0] / 4  # the network needs most of it
     return 2 ** 31  # MPS reads zeros from larger ones (pytorch issue 188756)
 
 

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -71,6 +72,11 @@ def set_up(args, precision):
             found = f'torch {torch.__version__} finds {usable} usable GPUs'
             raise UserError(f'--device cuda: {found} for local rank {local_rank}. Try --device cpu.')
         torch.cuda.set_device(local_rank)
+        try:
+            torch.zeros(1, device='cuda')
+        except RuntimeError as error:  # it is full, or too old for this torch
+            raise UserError(f'--device cuda: {str(error).splitlines()[0]}. Try --device cpu, another GPU, or '
+                            'a torch built for this one.') from error
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.set_float32_matmul_precision('high')  # TF32 for the classifier, as convolutions have it
         args.compile = can_compile() if args.compile is None else args.compile
@@ -622,13 +628,19 @@ def plain_errors():
     except Stopped as stopped:
         code = 128 + stopped.args[0]
     except Exception as error:
-        if not (message := in_plain_words(error)):
-            raise
+        code = 2 if isinstance(error, UserError) else 1
         if os.environ.get('RANK', '') not in ('', '0'):  # which may be no number: that is the error, then
             time.sleep(1)  # torchrun ends all ranks with the first: rank 0 is to speak
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    if dist.is_initialized():  # not after an error: it might wait for ranks that are gone
+        if message := in_plain_words(error):
+            print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+        elif dist.is_initialized():
+            traceback.print_exc()
+        else:
+            raise
+        if dist.is_initialized():  # or NCCL (torch 2.6) would wait at Python's end for ranks that are gone
+            os._exit(code)
+        sys.exit(code)
+    if dist.is_initialized():
         dist.destroy_process_group()
     if code:
         sys.exit(code)
