@@ -298,7 +298,7 @@ def on_finished(row, runs):
     error = math.sqrt(accuracy * (1 - accuracy) / images)  # standard deviation of a binomial distribution
     off, most = mean_ratio(row, runs) - 1, max(abs(ratio - 1) for ratio in compare(row, runs)[1])
     return (f'{net(row)} on {row["dataset"]} ({runs[0].header["precision"]}, {runs[0].devices}, '
-            f'{ours(runs, "hours", 1)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the '
+            f'{ours(runs, "hours", 2)} hours) reaches a {kind} accuracy of **{ours(runs, key)}**, the '
             f'reference {row[key]} (standard error on {images} images: {error:.3f}); its training loss is '
             f'within {100 * most:.1f} % of the reference\'s at all {len(runs[0].rows)} rows of their logs, '
             f'{100 * abs(off):.1f} % {"higher" if off > 0 else "lower"} in the geometric mean.')
@@ -332,8 +332,9 @@ def make(root):
         tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
     full = [line for line in finished if compare(*line)[1]]
+    headline = [line for line in full if line[0] is full[0][0]]  # the newest run of the first row
     return {
-        'README.md': {'headline': on_finished(*full[0]) if full else '',
+        'README.md': {'headline': on_finished(*headline[-1]) if full else '',
                       'results': f'{runs_table(finished).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
         'logs/README.md': {'results': tables, 'others': runs_table(others),
                            'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
