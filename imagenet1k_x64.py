@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from logs.run import Run, Stopped, evaluation_lines, load_weights, plain_errors, set_up
+from logs.run import Run, Stopped, cuda_graphs, evaluation_lines, load_weights, plain_errors, set_up
 from resnet import STAGES, ResNet, parameters
 
 # ---- recipe: with the docstring, all that differs between the seven scripts ----
@@ -151,8 +151,10 @@ def main():
         with torch.autocast(args.device, dtype, enabled=dtype is not None):
             return net(images)
 
-    if args.compile:
-        trn_forward, evl_forward = (torch.compile(f, dynamic=False) for f in (trn_forward, evl_forward))
+    if args.compile:  # with CUDA graphs the next call overwrites what this one returns
+        options = {'triton.cudagraphs': cuda_graphs(args, world, facts['size'])}
+        trn_forward, evl_forward = (torch.compile(f, dynamic=False, options=options)
+                                    for f in (trn_forward, evl_forward))
     if args.eval:
         origin = load_weights(net, args.eval, shape)
         results = {name: evaluate(net, evl_forward, batches, ranks) for name, batches in evals.items()}

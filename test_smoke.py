@@ -1209,7 +1209,6 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch):
             *(([], dict(RANK=r, LOCAL_RANK=local, WORLD_SIZE=world, MASTER_ADDR=''), 'unset the first three')
               for r, local, world in ((0, 0, 0), (-1, 0, 1), (5, 0, 1), (0, 1, 1), (0, 0, 2), (0, 0, 'x'))),
             ([], dict(SLURM_STEP_NUM_TASKS=8), 'SLURM_STEP_NUM_TASKS=8.* train alone.* torchrun'),
-            (['--compile', '--accum', 2], dict(TORCHINDUCTOR_CUDAGRAPHS=1), 'CUDA graphs .*unset'),
             ([*here, '--eval', whole.path('best'), '--depth', 32], {}, 'depth 20.* 32'),
             ([*here, '--eval', text], {}, 'as a checkpoint .*another kind of file'),
             ([*here, '--eval', model], {}, r'as a checkpoint .*save the state_dict\(\)'),
@@ -1970,7 +1969,7 @@ def test_what_the_landing_page_says():
     full = made(val_acc='0.92', tst_acc='0.93', hours='0.5', rows=((1000, 2.1549), (2000, 1.198)))
     lines, _ = tables.make_lines(tables.read_reference(HERE / 'logs'), [full, made(depth='32', stopped=True)])
     full, stopped = (line for line in lines if line[1])
-    says(tables.on_finished(*full), 'R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.5 hours', '**0.9300**',
+    says(tables.on_finished(*full), 'R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.50 hours', '**0.9300**',
          'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher')
     says(tables.on_stopped([stopped]), 'Not finished: 1. Their training losses over the first 2000 to 2000')
     assert tables.on_stopped([]) == ''
@@ -2362,12 +2361,25 @@ def test_compile_is_the_default_only_where_triton_can_be_built(monkeypatch):
 
 
 def test_cuda_graphs_stand_in_the_header(trial, monkeypatch):
-    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)
-    for variable, said in (('1', 'True, CUDA graphs'), ('0', 'True')):
-        monkeypatch.setenv('TORCHINDUCTOR_CUDAGRAPHS', variable)
-        graphs = trial.but(logs=trial.logs / variable)
-        graphs.stop(0, '--compile')
+    """They are made where they gain, and work: of small images, on one rank, without --accum."""
+    for device, accum, world, size, variable, made in (
+            ('cuda', 1, 1, 64, None, True), ('cuda', 1, 1, 64, '0', False), ('cuda', 1, 1, 224, '1', False),
+            ('cuda', 2, 1, 32, '1', False), ('cuda', 1, 2, 32, '1', False), ('cpu', 1, 1, 32, '1', False)):
+        with monkeypatch.context() as patch:
+            patch.setenv('TORCHINDUCTOR_CUDAGRAPHS', variable or '1')
+            if variable is None:
+                patch.delenv('TORCHINDUCTOR_CUDAGRAPHS')
+            assert runs.cuda_graphs(SimpleNamespace(device=device, accum=accum), world, size) is made
+    options = []
+    monkeypatch.setattr(torch, 'compile', lambda function, **given: options.append(given) or function)
+    for made, said in ((True, 'True, CUDA graphs'), (False, 'True')):
+        graphs = trial.but(logs=trial.logs / said)
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, 'cuda_graphs', lambda args, world, size, made=made: made)
+            graphs.stop(0, '--compile')
+        assert options == 2 * [dict(dynamic=False, options={'triton.cudagraphs': made})]
         assert re.search(f'^compile +: {said}$', graphs.text, re.M)
+        options.clear()
 
 
 def test_bench_measures_ours_and_the_usual_style(monkeypatch, capsys):

@@ -6,7 +6,7 @@
     python logs/bench.py imagenet2012         how fast its files are decoded and cropped, on the CPU
 
 Images are generated, so no data set is needed. `ours` is the script with its default precision; on CUDA,
-`graphs` is the same with TORCHINDUCTOR_CUDAGRAPHS=1 and `eager` with --no-compile. `usual` is NCHW, fp32, a
+`compiled` is the same without CUDA graphs and `eager` with --no-compile. `usual` is NCHW, fp32, a
 DataLoader with PIL transforms and loss.item() in each step. They run in turns and the medians count, since
 machines have slow minutes.
 
@@ -47,7 +47,7 @@ DATASETS = {32: 'CIFAR10_x32', 64: 'TinyImageNet200_x64', 224: 'imagenet2012'}  
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 NETS = ['20x1', '20x4', '56x1', '18x1', '18x1@64', '50x1@224'] if CUDA else ['20x1', '18x1:64', '50x1@224:16']
-STYLES = ['ours', 'graphs', 'eager', 'usual'] if CUDA else ['ours', 'usual']
+STYLES = ['ours', 'compiled', 'eager', 'usual'] if CUDA else ['ours', 'usual']
 
 
 def net(text):
@@ -112,7 +112,7 @@ def child(style, *arguments):
     if style == 'usual':
         usual(*map(int, arguments))
     else:
-        os.environ['TORCHINDUCTOR_CUDAGRAPHS'] = str(int(style == 'graphs'))
+        os.environ['TORCHINDUCTOR_CUDAGRAPHS'] = str(int(style == 'ours'))
         sys.argv = list(arguments)
         runpy.run_path(arguments[0], run_name='__main__')
     if CUDA:
@@ -132,7 +132,7 @@ def measure(style, depth, width, size, batch, iters):
         command = [style, depth, width, size, batch, iters] if style == 'usual' else [
             style, ROOT / f'{DATASETS[size].lower()}.py', '--synthetic', '--depth', depth, '--width', width,
             '--batch', batch, '--iters', iters, '--log-dir', folder, '--device', DEVICE,
-            *{'graphs': ['--compile'], 'eager': ['--no-compile']}.get(style, [])]
+            *{'compiled': ['--compile'], 'eager': ['--no-compile']}.get(style, [])]
         command = [sys.executable, __file__, '--child', *map(str, command)]
         start, first, rows, peak, precision = time.perf_counter(), None, [], 0.0, 'fp32'
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -232,7 +232,7 @@ def main():
     name = torch.cuda.get_device_name() if CUDA else cpu_name()
     sources = *ROOT.glob('*.py'), *(ROOT / 'logs').glob('*.py')
     print(f'{name}, torch {torch.__version__}, commit {commit(sources)}; medians of {args.turns} turns\n\n'
-          '  net  px batch style type iter/min   img/s wait % start s memory MB limit %'
+          '  net  px batch style    type iter/min   img/s wait % start s memory MB limit %'
           + ' ratio' * (not args.ours))
     failed = False
     for depth, width, size, batch in args.nets:
@@ -248,7 +248,7 @@ def main():
             rates[precision] = rates.get(precision) or matrix_rate(precision)
             ratio = np.median([run[0] / turn[-1][0] for run, turn in zip(runs, turns, strict=True)])
             failed |= math.isnan(img_per_s)
-            print(f'{depth:3}x{width} {size:3} {batch:5} {style:5} {precision} {60 * img_per_s / batch:8.0f} '
+            print(f'{depth:3}x{width} {size:3} {batch:5} {style:8} {precision} {60 * img_per_s / batch:8.0f} '
                   f'{img_per_s:7.0f} {wait:6.1f} {start:7.1f} {peak:9.0f} '
                   f'{100 * img_per_s * macs / rates[precision]:7.0f}'
                   f'{"" if args.ours else f" {ratio:5.2f}"}', flush=True)

@@ -90,9 +90,6 @@ def set_up(args, precision):
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
         device, name = torch.device(args.device), cpu_name() + ', MPS' * (args.device == 'mps')
-    if args.compile and cuda_graphs() and (world > 1 or args.accum > 1):
-        raise UserError('CUDA graphs (TORCHINDUCTOR_CUDAGRAPHS=1) work on one rank without --accum only: '
-                        'unset the variable.')
     return Ranks(rank, local_rank, world, device, name)
 
 
@@ -130,8 +127,14 @@ def can_compile():
         return False
 
 
-def cuda_graphs():
-    return os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1'  # what torch.compile looks at
+def cuda_graphs(args, world, size):
+    """Whether torch.compile is to make CUDA graphs: where updates may take less time than their launches.
+
+    args: of set_up. world: ranks; several cannot have them. size: of images, in pixels.
+    TORCHINDUCTOR_CUDAGRAPHS=0 in the environment turns them off.
+    """
+    return args.device == 'cuda' and world == args.accum == 1 and size < 224 and \
+        os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') != '0'
 
 
 class Ranks:
@@ -312,6 +315,7 @@ class Run:
             say(columns)
             return state
         tf32 = torch.version.cuda and args.device == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
+        graphs = cuda_graphs(args, ranks.world, self.config['image_size'])
         lines = {
             'command': f'{self.script.name} {shlex.join(sys.argv[1:])}',
             'started': time.strftime('%Y-%m-%d %H:%M:%S'),
@@ -321,7 +325,7 @@ class Run:
             **digests,
             **self.config,
             **({'fp32 products': 'TF32'} if tf32 else {}),
-            'compile': f'{args.compile}{", CUDA graphs" if args.compile and cuda_graphs() else ""}',
+            'compile': f'{args.compile}{", CUDA graphs" if args.compile and graphs else ""}',
             'images': about,
             'passes': passes,
             'epochs': f'{args.iters / trn.per_epoch:.1f}, of {trn.per_epoch} updates each',
