@@ -13,7 +13,7 @@ count as far as their rows go. Finished runs without a row to stand beside come 
 
 Figures are means over seeds, ± the standard deviation of a sample (n - 1). Of runs with the same settings,
 seed and device the newest counts; one that was stopped only if none is finished. Other devices have other
-lines.
+lines; README.md has the newest of each row.
 Weights (.best.pt) of finished runs beside a row are published if they are there and have at most 5 MB.
 """
 import csv
@@ -331,11 +331,12 @@ def make(root):
         picture = f'![{dataset}](curves-{dataset}.png)\n\n' if any(runs for _, runs in mine) else ''
         tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
-    full = [line for line in finished if compare(*line)[1]]
-    headline = [line for line in full if line[0] is full[0][0]]  # the newest run of the first row
+    newest = [max((line for line in finished if line[0] is row), key=lambda line: line[1][-1].path.name)
+              for row in reference if any(line[0] is row for line in finished)]
+    full = [line for line in newest if compare(*line)[1]]
     return {
-        'README.md': {'headline': on_finished(*headline[-1]) if full else '',
-                      'results': f'{runs_table(finished).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
+        'README.md': {'headline': on_finished(*full[0]) if full else '',
+                      'results': f'{runs_table(newest).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
         'logs/README.md': {'results': tables, 'others': runs_table(others),
                            'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
         '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
