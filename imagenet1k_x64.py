@@ -1,6 +1,6 @@
 """Trains a residual network on ImageNet downsampled to 64 px (1000 classes) from scratch.
 
-    python imagenet1k_x64.py --depth 50                         one GPU of 80 GB
+    python imagenet1k_x64.py --depth 50                         one 80 GB GPU
     torchrun --nproc_per_node 4 imagenet1k_x64.py --depth 50    four GPUs, the same global batch
     python imagenet1k_x64.py --depth 50 --resume                goes on where that run was stopped
 

@@ -1,8 +1,8 @@
 """Trains a residual network on ImageNet-2012 (224 px, 1000 classes) from scratch.
 
-    torchrun --nproc_per_node 8 imagenet2012.py --depth 101      eight GPUs, the same global batch
-    python imagenet2012.py --depth 50 --batch 1024               one GPU of 80 GB, half the batch, twice the updates
-    python imagenet2012.py --depth 50 --eval resnet50.pth        torchvision's weights, evaluated like ours
+    torchrun --nproc_per_node 8 imagenet2012.py --depth 101    eight GPUs, the same global batch
+    python imagenet2012.py --depth 50 --batch 1024             one 80 GB GPU, half the batch, twice the updates
+    python imagenet2012.py --depth 50 --eval resnet50.pth      torchvision's weights, evaluated like ours
 
 Reference validation accuracy (JAX, seed 42, fp16): 18x1 0.702, 34x1 0.740, 50x1 0.767, 101x1 0.784, and 152x1
 with --batch 1024 0.792. Reference time: 5.7 hours for 18x1 on four RTX 3090, 6.9 for 50x1 on eight.

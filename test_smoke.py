@@ -1985,7 +1985,7 @@ def published(root):
 def test_published_weights_pass_gitignore_and_no_others(repository):
     def git(*words):
         return subprocess.run(['git', *words], cwd=repository, capture_output=True, text=True).stdout
-    assert sorted(published(repository)) == sorted(repository.rglob('*.pt'))  # what git tracks is what is listed
+    assert sorted(published(repository)) == sorted(repository.rglob('*.pt'))  # git tracks these
     for path in repository.rglob('*.pt'):
         path.unlink()
     assert tables.check(repository, write=True) == []
