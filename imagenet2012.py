@@ -1,7 +1,7 @@
 """Trains a residual network on ImageNet-2012 (224 px, 1000 classes) from scratch.
 
     torchrun --nproc_per_node 8 imagenet2012.py --depth 101    eight GPUs, the same global batch
-    python imagenet2012.py --depth 50 --batch 1024             one 80 GB GPU, half the batch, twice the updates
+    python imagenet2012.py --depth 50 --batch 1024             one 80 GB GPU, half the batch, twice the time
     python imagenet2012.py --depth 50 --eval resnet50.pth      torchvision's weights, evaluated like ours
 
 Reference validation accuracy (JAX, seed 42, fp16): 18x1 0.702, 34x1 0.740, 50x1 0.767, 101x1 0.784, and 152x1
