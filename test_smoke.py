@@ -914,11 +914,13 @@ def test_what_was_waited_before_a_stop_counts_in_the_next_row(trial):
 
 @pytest.mark.parametrize('error,code,leaves', [
     (None, 0, True), (runs.Stopped(signal.SIGUSR1), 138, True), (data.UserError('x'), 2, False),
-    (FloatingPointError('x'), 1, False), (KeyboardInterrupt(), 130, False)])
+    (FloatingPointError('x'), 1, False), (KeyError('x'), 1, False), (KeyboardInterrupt(), 130, False)])
 @pytest.mark.parametrize('stream', [None, io.StringIO()])  # closed, and no file
 def test_how_a_process_ends(monkeypatch, error, code, leaves, stream):
-    """With which code, and whether it leaves the group of ranks: after an error it might wait for them."""
-    left = []
+    """With which code, and whether it leaves the group of ranks: after an error it might wait for them, as NCCL
+    might at Python's end."""
+    left, at_once = [], []
+    monkeypatch.setattr(os, '_exit', lambda code: at_once.append(code) or sys.exit(code))
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
     monkeypatch.setattr(sys, 'stdout', stream)
@@ -928,6 +930,7 @@ def test_how_a_process_ends(monkeypatch, error, code, leaves, stream):
         if error:
             raise error
     assert bool(left) == leaves and (not code or ended.value.code == code)
+    assert at_once == [code] * (code in (1, 2))
 
 
 # ---- a full disk, a deleted folder, damaged checkpoints, dead processes ----
