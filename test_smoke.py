@@ -917,8 +917,8 @@ def test_what_was_waited_before_a_stop_counts_in_the_next_row(trial):
     (FloatingPointError('x'), 1, False), (KeyError('x'), 1, False), (KeyboardInterrupt(), 130, False)])
 @pytest.mark.parametrize('stream', [None, io.StringIO()])  # closed, and no file
 def test_how_a_process_ends(monkeypatch, error, code, leaves, stream):
-    """With which code, and whether it leaves the group of ranks: after an error it might wait for them, as NCCL
-    might at Python's end."""
+    """With which code, and whether it leaves the group of ranks: after an error it might wait for them, as
+    NCCL might at Python's end."""
     left, at_once = [], []
     monkeypatch.setattr(os, '_exit', lambda code: at_once.append(code) or sys.exit(code))
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
