@@ -307,7 +307,7 @@ def on_finished(row, runs):
 def on_stopped(lines):
     means = [mean_ratio(*line) for line in lines]
     updates = [int(runs[0].rows[-1]['iter']) for _, runs in lines]
-    return (f'Not finished: {len(lines)}. Their training losses over the first {min(updates)} to '
+    return (f'Runs not finished: {len(lines)}. Their training losses over the first {min(updates)} to '
             f'{max(updates)} updates are {min(means):.3f} to {max(means):.3f} times the reference\'s, in the '
             f'geometric mean of each run.') if lines else ''
 
