@@ -1974,7 +1974,7 @@ def test_what_the_landing_page_says():
     full, stopped = (line for line in lines if line[1])
     says(tables.on_finished(*full), 'R20x1 on CIFAR10_x32 (fp32, 1 x AMD', '0.50 hours', '**0.9300**',
          'reference 0.924', 'within 10.0 %', 'all 2 rows', '4.9 % higher')
-    says(tables.on_stopped([stopped]), 'Runs not finished: 1. Their training losses over the first 2000 to 2000')
+    says(tables.on_stopped([stopped]), 'Runs not finished: 1. Their training losses over the first 2000')
     assert tables.on_stopped([]) == ''
     line, = cells(tables.runs_table([full]))
     assert line['reference'] == 'val 0.923, tst 0.924' and line['ours'] == 'val 0.9200, tst 0.9300'
