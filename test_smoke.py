@@ -1228,6 +1228,11 @@ def test_bad_input_gets_a_sentence(small, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     refused('mps takes --precision bf16 or fp32', main, SHORT[0], '--device', 'mps', '--precision', 'fp16')
     refused('finds 0 usable GPUs.*--device cpu', main, *SHORT, '--log-dir', tmp_path, '--device', 'cuda')
+    with monkeypatch.context() as patch:  # a GPU that is too old for this torch
+        patch.setattr(torch.cuda, 'is_available', lambda: True)
+        patch.setattr(torch.cuda, 'set_device', lambda index: None)
+        patch.setattr(torch, 'zeros', lambda *shape, device: torch.ones(2).view(3))  # any RuntimeError
+        refused('cuda: .* Try --device cpu', main, *SHORT, '--log-dir', tmp_path, '--device', 'cuda')
     says(run(HERE / SHORT[0], '--iters', 0, ok=2), 'start at 1')
 
 
