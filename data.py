@@ -1163,7 +1163,7 @@ class JpegBatches(torch.utils.data.Dataset):
                     raise piece
                 batch.append([to_device(t, self.device) for t in piece])
                 if len(batch) == len(starts):
-                    yield [torch.cat(parts) for parts in zip(*batch, strict=True)]
+                    yield batch[0] if len(batch) == 1 else [torch.cat(p) for p in zip(*batch, strict=True)]
                     batch = []
 
     def _by_processes(self, keys, per_batch):

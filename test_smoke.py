@@ -463,9 +463,13 @@ def kill_test(trial, imagenet, mine, tmp_path):
               f'{time.monotonic() - begin:.0f} s', flush=True)
 
 
-def test_killed_and_resumed_weights_are_bit_identical(trial, whole):
+def test_killed_and_resumed_weights_are_bit_identical(trial, whole, capsys):
     kill(trial, ['write_checkpoint', 'row'])
+    capsys.readouterr()
     trial.main('--resume')
+    path, resumed, titles, row, *_ = capsys.readouterr().out.splitlines()  # a terminal shows where, and what
+    assert path == str(trial.log) and all(line in trial.text for line in (resumed, titles, row))
+    assert titles.split()[0] == 'iter'
     assert 0 < trial.resumed[-1] < 24
     changed = 'changed since the start: test_smoke.py'  # which the killed process had not imported
     assert re.search(rf'\nresumed .* on 1 x [^;]+; .*, commit [^;]+; {changed}; 1 ranks x 1 passes x 32 .*; '

@@ -331,8 +331,8 @@ def make(root):
         picture = f'![{dataset}](curves-{dataset}.png)\n\n' if any(runs for _, runs in mine) else ''
         tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
-    newest = [max((line for line in finished if line[0] is row), key=lambda line: line[1][-1].path.name)
-              for row in reference if any(line[0] is row for line in finished)]
+    by_row = itertools.groupby(finished, key=lambda line: reference.index(line[0]))
+    newest = [max(runs, key=lambda line: line[1][-1].path.name) for _, runs in by_row]
     full = [line for line in newest if compare(*line)[1]]
     return {
         'README.md': {'headline': on_finished(*full[0]) if full else '',
