@@ -1377,8 +1377,8 @@ def test_fp16_skips_overflows_and_keeps_its_scale(trial, mine):
 def test_fp16_whose_scale_collapses_ends_the_run(trial, mine):
     """Gradients that overflow whatever the scale: every update is skipped, and the run says so."""
     script = mine(('GradScaler(args.device, ', 'GradScaler(args.device, 8.0, '),
-                  ('loss = F.cross_entropy(logits, labels)\n        return loss,',
-                   'loss = F.cross_entropy(logits, labels) * math.inf\n        return loss,'))
+                  ('loss = F.cross_entropy(logits, labels)\n',
+                   'loss = F.cross_entropy(logits, labels) * math.inf\n'))
     trial = trial.but('--batch', 4, '--iters', 10, '--precision', 'fp16', script=script)
     with pytest.raises(FloatingPointError, match='updates 3 to 4 .loss scale 0.5.*update 3 is good'):
         trial.main()

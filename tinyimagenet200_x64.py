@@ -145,7 +145,7 @@ def main():
         with torch.autocast(args.device, dtype, enabled=dtype is not None):
             logits = model(images)
         loss = F.cross_entropy(logits, labels)
-        return loss, torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
+        return loss / args.accum, torch.stack([loss.detach() * per_pass, (logits.argmax(1) == labels).sum()])
 
     def evl_forward(images):
         with torch.autocast(args.device, dtype, enabled=dtype is not None):
@@ -189,7 +189,8 @@ def main():
 
     every = min(EVAL_EVERY, max(1, args.iters // 10))
     batches = trn.batches(it)
-    one = torch.ones((), device=device)  # scaled, it is the loss scale, for which get_scale() would wait
+    one = torch.ones((), device=device)
+    scale = scaler.scale(one)  # the loss scale: get_scale() would wait for the GPU
     ranks.catch_signals()
     if args.compile:
         run.status('torch.compile works on the network: a minute for R20x1, several for R50x1')
@@ -229,13 +230,14 @@ def main():
             for i, (x, y) in enumerate(passes, 1):
                 with model.no_sync() if world > 1 and i < args.accum else contextlib.nullcontext():
                     loss, loss_and_correct = trn_forward(x, y)
-                    scaler.scale(loss / args.accum).backward()
+                    scaler.scale(loss).backward()
                 stats[:2] += loss_and_correct
-            scale = scaler.scale(one)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            stats[2] += (scaler.scale(one) < scale) / world  # the scale falls if the update was skipped
+            previous, scale = scale, scaler.scale(one)
+            if ranks.rank == 0:  # the scale falls, on all ranks, if the update was skipped
+                stats[2] += scale < previous
             it += 1
             run.progress(it)
 
