@@ -1390,7 +1390,8 @@ def preview(name, data_dir, file):
         text = f'{label} {names[label]}' if label < len(names) else str(label)
         ImageDraw.Draw(tile).text((0, side + 1), text, 'black')
         sheet.paste(tile, (i % 8 * (side + 6) + 3, i // 8 * (side + 18) + 3))
-    sheet.save(file, 'PNG')
+    with new_file(Path(file)) as png:
+        sheet.save(png, 'PNG')
     print(f'{file}: the first 64 of {len(train)} training images of {name}, augmented')
 
 

@@ -31,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import SETS, UserError  # noqa: E402 - the line above finds these
+from data import SETS, UserError, new_file  # noqa: E402 - the line above finds these
 from logs.run import plain_errors, run_folder_name  # noqa: E402
 from resnet import ResNet, parameters  # noqa: E402
 
@@ -375,7 +375,8 @@ def check(root, write=False):
         for name, text in places.items():
             new = put(page, new, name, text)
         if write:
-            path.write_text(new, encoding='utf-8')
+            with new_file(path) as file:
+                file.write(new.encode('utf-8'))
         elif old != new:
             diff = difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm='')
             problems.append('\n'.join([f'{page} disagrees with the logs: run python logs/table.py --write.',
@@ -421,7 +422,8 @@ def plot(root):
             axes.plot([], color=color, label=name)
         figure.legend(loc='outside lower center', ncols=4)
         figure.suptitle(f'{dataset}: ours solid, the reference dotted')
-        figure.savefig(root / 'logs' / f'curves-{dataset}.png', metadata={'Software': None})
+        with new_file(root / 'logs' / f'curves-{dataset}.png') as file:
+            figure.savefig(file, metadata={'Software': None})
     return problems
 
 
