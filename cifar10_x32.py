@@ -202,8 +202,7 @@ def main():
                     average_running_statistics(net, ranks)
                     val_acc, val_nll = evaluate(net, evl_forward, evals['val'], ranks)
                 run.check_finite(loss, skipped, val_nll, scaler.get_scale(), start=row_it, end=it)
-                is_best = val_acc > best_acc
-                if is_best:
+                if is_best := val_acc > best_acc:
                     best_it, best_acc, best_nll = it, val_acc, val_nll
                     best_net = {name: t.to('cpu', copy=True) for name, t in net.state_dict().items()}
                 mean_lr = sum(lr_at(i, args.iters, args.lr) for i in range(row_it, it)) / (it - row_it)
