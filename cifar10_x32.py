@@ -190,7 +190,7 @@ def main():
     every = min(EVAL_EVERY, max(1, args.iters // 10))
     batches = trn.batches(it)
     one = torch.ones((), device=device)
-    scale = scaler.scale(one)  # the loss scale: get_scale() would wait for the GPU
+    loss_scale = scaler.scale(one)  # get_scale() would wait for the GPU
     ranks.catch_signals()
     if args.compile:
         run.status('torch.compile works on the network: a minute for R20x1, several for R50x1')
@@ -234,9 +234,9 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            previous, scale = scale, scaler.scale(one)
-            if ranks.rank == 0:  # the scale falls, on all ranks, if the update was skipped
-                stats[2] += scale < previous
+            previous, loss_scale = loss_scale, scaler.scale(one)
+            if ranks.rank == 0:  # it falls, on all ranks, if the update was skipped
+                stats[2] += loss_scale < previous
             it += 1
             run.progress(it)
 

@@ -193,14 +193,22 @@ def remove_left_over(data_dir, name):
 
 @contextlib.contextmanager
 def new_file(final):
-    """A file to write, under a temporary name that becomes `final` in the end, or vanishes on an error."""
-    part = final.with_name(f'{final.name}.part.{uuid.uuid4().hex}')
+    """A file to write, under a temporary name that becomes `final` in the end, or vanishes on an error.
+
+    An OSError that would name it names `final`.
+    """
+    part = final.parent / f'{final.name}.part.{uuid.uuid4().hex}'
     try:
         with open(part, 'xb') as file:
             yield file
         part.replace(final)
+    except OSError as error:
+        if error.filename == str(part):
+            raise OSError(error.errno, error.strerror, str(final)) from error
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its final name, or never came to be
+            part.unlink()
 
 
 def describe(folder, about, classes=()):
