@@ -1658,11 +1658,13 @@ def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
     assert re.search(r'CIFAR10_x32 +40,960 +9,040 .*ready', report) and 'downloaded when needed' in report
     assert re.search('^Own .* a set of your own$', report, re.M)
     assert re.search('^imagenet2012 .* needs train/ and val/', report, re.M)
-    main('data.py', 'preview', 'CIFAR10_x32', tmp_path / 'sheet.png', '--data-dir', small)
-    assert Image.open(tmp_path / 'sheet.png').size == (1072, 1168)
+    sheet, old = tmp_path / 'sheet.png', tmp_path / 'old.png'
+    sheet.touch(), os.link(sheet, old)
+    main('data.py', 'preview', 'CIFAR10_x32', sheet, '--data-dir', small)
+    assert Image.open(sheet).size == (1072, 1168) and not old.read_bytes()  # renamed, not overwritten
     write_tree(tmp_path, {data.ARCHIVES[1]: 'no archive'})  # of which tarfile says several lines
     for file, problem in ((tmp_path / 'no' / 'a.png', "No such file.*/a.png'$"),
-                          (tmp_path / 'sheet.png' / 'a.png', "Not a directory.*/a.png'$"), ('.', "'.'$")):
+                          (sheet / 'a.png', "Not a directory.*/a.png'$"), ('.', "'.'$")):
         refused(problem, main, 'data.py', 'preview', 'CIFAR10_x32', file, '--data-dir', small)
     assert not list(tmp_path.glob('*.part.*')) and not list(Path().glob('*.part.*'))
     refused('is damaged', main, 'data.py', 'unpack', 'imagenet2012', '--data-dir', tmp_path)
@@ -2053,12 +2055,13 @@ def test_curves(repository, monkeypatch):
         patch.setitem(sys.modules, 'matplotlib.figure', None)  # as if it were not installed
         refused('python -m pip install matplotlib', tables.plot, repository)
     pytest.importorskip('matplotlib')
-    before = {path.name for path in (repository / 'logs').glob('curves-*.png')}
-    for name in before:
-        (repository / 'logs' / name).unlink()
+    before = {*(repository / 'logs').glob('curves-*.png')}
+    for path in before:
+        os.link(path, path.with_suffix('.old'))
     assert tables.plot(repository) == []
-    pictures = [*(repository / 'logs').glob('curves-*.png')]
-    assert {path.name for path in pictures} == before and 'curves-CIFAR10_x32.png' in before
+    pictures = {*(repository / 'logs').glob('curves-*.png')}
+    assert pictures == before and repository / 'logs' / 'curves-CIFAR10_x32.png' in before
+    assert not any(path.samefile(path.with_suffix('.old')) for path in pictures)  # each is drawn anew
     assert all(path.stat().st_size < 150_000 and Image.open(path).size[0] > 900 for path in pictures)
 
 
