@@ -29,7 +29,7 @@ def conv(channels_in, channels_out, kernel, stride=1):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that does not count its batches: num_batches_tracked is read without a momentum only, and on
+    """Batch norm that does not count its batches: num_batches_tracked is read only without a momentum, and on
     a GPU each layer would launch a kernel for it. It stays, since torchvision's state_dict has it."""
 
     def forward(self, x):

@@ -173,7 +173,7 @@ def main():
     run = Run(__file__, args, config, ranks)
     if state := run.begin(COLUMNS, trn, about):  # its last checkpoint
         net.load_state_dict(state['net'])
-        groups = optimizer.state_dict()['param_groups']  # ours: `fused` hangs on the device
+        groups = optimizer.state_dict()['param_groups']  # ours: `fused` depends on the device
         optimizer.load_state_dict(state['optimizer'] | dict(param_groups=groups))
         scaler.load_state_dict(state['scaler'])
         if ranks.rank == 0:  # saved as the sum over ranks
@@ -193,7 +193,7 @@ def main():
     loss_scale = scaler.scale(one)  # get_scale() would wait for the GPU
     ranks.catch_signals()
     if args.compile:
-        run.status('torch.compile works on the network: a minute for R20x1, several for R50x1')
+        run.status('torch.compile works on the network: less than a minute for R20x1, more for deeper nets')
     try:
         while True:
             if it > row_it and (it % every == 0 or it == args.iters):

@@ -1,6 +1,6 @@
 """A run on disk and as a process: what nobody changes who changes the training.
 
-    set_up         device, ranks, and the flags that hang on them
+    set_up         device, ranks, and the flags that depend on them
     Ranks          the processes that train together: sums over them, stop signals for all of them
     Run            one run's folder: its log, clocks and checkpoints
     load_weights   for --eval

@@ -13,7 +13,7 @@ count as far as their rows go. Finished runs without a row to stand beside come 
 
 Figures are means over seeds, ± the standard deviation of a sample (n - 1). Of runs with the same settings,
 seed and device the newest counts; one that was stopped only if none is finished. Other devices have other
-lines; README.md has the newest of each row.
+lines; README.md has the newest finished one of each row.
 Weights (.best.pt) of finished runs beside a row are published if they are there and have at most 5 MB.
 """
 import csv
@@ -107,7 +107,7 @@ def contradictions(log, logs):
     if (header['momentum'], header['warmup']) != ('0.9', '0.1'):
         yield "its momentum or warm-up is not the recipe's: a copy of the script has a folder of its own"
     if logs / place != log.path.parent:
-        yield f'with these settings it belongs into {place}'
+        yield f'with these settings it belongs in {place}'
     if not re.fullmatch(r'\d{8}-\d{6}', log.path.stem):
         yield 'its name is not the time of its start, like 20261124-183000.log'
     every = int(rows[0]['iter']) if rows else 1
@@ -312,6 +312,11 @@ def on_stopped(lines):
             f'geometric mean of each run.') if lines else ''
 
 
+def on_missing(datasets, lines):
+    missing = [dataset for dataset in datasets if dataset not in [row['dataset'] for row, _ in lines]]
+    return f'Data sets without a run yet: {", ".join(missing)}.' if missing else ''
+
+
 # ---- pages ----
 
 def make(root):
@@ -336,7 +341,8 @@ def make(root):
     full = [line for line in newest if compare(*line)[1]]
     return {
         'README.md': {'headline': on_finished(*full[0]) if full else '',
-                      'results': f'{runs_table(newest).replace("](", "](logs/")}\n{on_stopped(stopped)}'},
+                      'results': f'{runs_table(newest).replace("](", "](logs/")}\n{on_stopped(stopped)} '
+                                 f'{on_missing(datasets, begun)}'},
         'logs/README.md': {'results': tables, 'others': runs_table(others),
                            'costs': f'```\n{(logs / "bench.txt").read_text(encoding="utf-8").strip()}\n```'},
         '.gitignore': {'weights': '\n'.join(f'!/{path.as_posix()}' for path in published)},
