@@ -122,7 +122,7 @@ def main():
     trn, evals, about, crc = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
                                        ranks.rank, world, args.synthetic, args.workers,
                                        trained_elsewhere=bool(args.eval))
-    ranks.require_same(f'{about}, CRC-32 of the labels {crc}')
+    ranks.require_same(f'images {about}, CRC-32 of the labels {crc}', 'give all the same data and packages')
 
     # network, optimizer and the two forward passes
     facts = data.SETS[DATASET]

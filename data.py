@@ -856,7 +856,8 @@ class EncodedImages:
                 file.seek(start)
                 return file.read(-1 if end is None else end - start), where
         except OSError as error:
-            raise UserError(f'{where}: {error.strerror}. Mend that, then go on with --resume.') from error
+            raise UserError(f'{where}: {error.strerror}. Mend that, then run the command again, a '
+                            'training run with --resume.') from error
 
 
 def open_imagenet(data_dir, packed=True):
@@ -985,7 +986,9 @@ def open_pack(pack):
                 wnids = index['wnids'].tolist()
             if (size := file.stat().st_size) != images.starts[-1]:
                 raise ValueError(f'{part}.bin has {size} bytes, not {images.starts[-1]}')
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except OSError as error:  # the pack may be good
+            raise UserError(f'{pack} cannot be read ({error}).') from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f'{pack} is damaged ({error}). Delete it, and pack again.') from error
         if len(images) != full and not incomplete_allowed():
             raise UserError(f'{pack} holds {len(images)} of {full} images of {part}. Delete it, pack again.')
@@ -1177,6 +1180,8 @@ class JpegBatches(torch.utils.data.Dataset):
     def _by_processes(self, keys, per_batch):
         """Yields the pieces of the keys, made by self.workers processes, which end with the generator."""
         others, processes = multiprocessing.active_children(), []
+        # Python 3.14 would start a server for them, which a signal that is sent to all would end
+        context = 'fork' if sys.platform == 'linux' else None
 
         def end():
             for process in processes:
@@ -1189,7 +1194,7 @@ class JpegBatches(torch.utils.data.Dataset):
                 loader = iter(torch.utils.data.DataLoader(
                     self, batch_size=None, sampler=keys, num_workers=self.workers,
                     worker_init_fn=start_worker, pin_memory=self.device.type == 'cuda',
-                    prefetch_factor=2 + 2 * per_batch // self.workers))
+                    prefetch_factor=2 + 2 * per_batch // self.workers, multiprocessing_context=context))
             finally:
                 processes += [child for child in multiprocessing.active_children() if child not in others]
             if hasattr(signal, 'SIGCHLD'):  # the loader's handler would raise anywhere, even in a checkpoint

@@ -90,7 +90,9 @@ def set_up(args, precision):
         args.compile = bool(args.compile)
         keep_freed_memory()  # or activations would get new pages in every step
         device, name = torch.device(args.device), cpu_name() + ', MPS' * (args.device == 'mps')
-    return Ranks(rank, local_rank, world, device, name)
+    ranks = Ranks(rank, local_rank, world, device, name)
+    ranks.require_same(f'--device {args.device} --precision {args.precision}', 'say both in the command')
+    return ranks
 
 
 def cpu_name():
@@ -174,11 +176,10 @@ class Ranks:
             dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
-    def require_same(self, images):
-        """Raises UserError on a rank whose `images`, a text, are not those of rank 0."""
-        if (first := self.from_rank_0(images)) != images:  # machines may have disks of their own
-            raise UserError(f'rank {self.rank} has images {images}; rank 0 has {first}: give all machines '
-                            'the same data and packages.')
+    def require_same(self, what, advice):
+        """Raises UserError with this advice on a rank whose `what`, a text, is not that of rank 0."""
+        if (first := self.from_rank_0(what)) != what:
+            raise UserError(f'rank {self.rank} has {what}; rank 0 has {first}: {advice}.')
 
     def rank_0_first(self, function, *arguments):
         """Calls it on rank 0, then on the first of each other machine, which may have a disk of its own."""
@@ -340,6 +341,8 @@ class Run:
         if self.log_path:
             with open(self.log_path, 'a', encoding='utf-8', errors='backslashreplace') as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # as the next checkpoint is: it will say how long the log is
             say(('\r\033[K' if self.live else '') + text)
 
     def status(self, text):
@@ -390,8 +393,7 @@ class Run:
         diverged = (not math.isfinite(loss) and not skipped) or not math.isfinite(val_nll)
         if diverged or scale < 1:  # below 1 the gradients overflow fp16 by themselves
             text = (f'the loss or its gradients were not finite in updates {start} to {end} (loss scale '
-                    f'{scale:g}): try a smaller --lr or, instead of fp16, --precision bf16.'
-                    + f' The checkpoint of update {start} is good.' * (start > 0))
+                    f'{scale:g}): try a smaller --lr or, instead of fp16, --precision bf16.')
             self.log(f'{text}\n')
             raise FloatingPointError(text)
 
@@ -515,11 +517,16 @@ def read_checkpoint(path, config, *parts):
     UserError if it is damaged, another kind of file, or made with another config.
     """
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load checks no CRC
+        content = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise UserError(f'{path} cannot be read as a checkpoint ({error.strerror}).') from error
+    try:
+        if zipfile.is_zipfile(content) and zipfile.ZipFile(content).testzip():  # torch.load checks no CRC
             raise ValueError('a CRC differs')
+        content.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of a pickle's protocol: what can be said follows in a sentence
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            state = torch.load(content, map_location='cpu', weights_only=True)
         if not isinstance(state.get('config'), dict) or 'depth' not in state['config']:
             state.pop('config', None)  # of weights from elsewhere
         state |= {part: state[part] for part in parts}  # a KeyError if one is missing
@@ -527,9 +534,7 @@ def read_checkpoint(path, config, *parts):
         raise  # the file may be good
     except Exception as error:  # which errors torch.load raises for other kinds of files is not documented
         reason = 'damaged, or another kind of file'
-        if isinstance(error, OSError):
-            reason = error.strerror
-        elif path.suffix == '.safetensors':
+        if path.suffix == '.safetensors':
             reason = 'a safetensors file: save what safetensors.torch.load_file gives with torch.save'
         elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
