@@ -1660,6 +1660,12 @@ def test_pack(imagenet, tmp_path, short_side):
     refused('is there already', data.pack_imagenet, tmp_path)
     os.truncate(tmp_path / 'imagenet2012-pack/train.bin', 500)
     refused('train.bin has 500 bytes', data.open_imagenet, tmp_path)
+    index = tmp_path / 'imagenet2012-pack/train.npz'
+    index.write_bytes(index.read_bytes()[:100])
+    refused('is damaged .*Delete it', data.open_imagenet, tmp_path)
+    index.unlink()
+    index.symlink_to('/proc/self/mem')  # what a disk may do when it is read: the pack may be good
+    refused(r'cannot be read .*Input/output error\)\.$', data.open_imagenet, tmp_path)
 
 
 def test_data_report_and_preview(small, tmp_path, monkeypatch, capsys):
