@@ -538,8 +538,10 @@ SOURCES = {
     'CIFAR100_x32': Source(prepare_cifar, r'cifar-100-python(\.tar\.gz)?', DOWNLOADED),
     'TinyImageNet200_x32': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
     'TinyImageNet200_x64': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
-    'ImageNet1k_x32': Source(prepare_imagenet1k, r'imagenet32(\D.*)?|imagenet2012', FETCH.format(32)),
-    'ImageNet1k_x64': Source(prepare_imagenet1k, r'imagenet64(\D.*)?|imagenet2012', FETCH.format(64)),
+    'ImageNet1k_x32': Source(
+        prepare_imagenet1k, r'imagenet32(\D.*)?(?<!\.gz)|imagenet2012', FETCH.format(32)),
+    'ImageNet1k_x64': Source(
+        prepare_imagenet1k, r'imagenet64(\D.*)?(?<!\.gz)|imagenet2012', FETCH.format(64)),
     'imagenet2012': Source(
         None, 'imagenet2012-pack|imagenet2012', 'missing: put the official archives here, then unpack'),
 }
@@ -884,8 +886,10 @@ def open_imagenet(data_dir, packed=True):
                         f'--data-dir {data_dir}, or try the script with --synthetic. (For --eval, val and '
                         f'{INCOMPLETE}=1 will do.)')
     found = [classes for classes, _ in parts.values()]
-    orders = *found, kit, {*listed.values()}  # the first of all 1000 counts
-    wnids = sorted(next((order for order in orders if len(order) == facts['classes']), set().union(*found)))
+    of_wnids = [classes for classes in found if not any(map(str.isdigit, classes))]
+    orders = *of_wnids, kit, {*listed.values()}  # the first of all 1000 counts
+    wnids = next((order for order in orders if len(order) == facts['classes']), set().union(*found))
+    wnids = sorted(wnids, key=lambda wnid: (len(wnid), wnid))  # integers by their value
     parts = {part: label_images(*pair, wnids, facts['classes'], facts[part]) for part, pair in parts.items()}
     which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
     return parts, wnids, f'imagenet2012, classes are {which}'
@@ -900,7 +904,9 @@ def list_images(folder, listed=None):
     """
     folder = next((path.parent for path in find_below(folder, f'{CLASS}|{IMAGE}')), folder)
     classes = sorted(f.name for f in os.scandir(folder) if re.fullmatch(CLASS, f.name) and f.is_dir())
-    modified = np.array([(folder / name).stat().st_mtime_ns for name in classes], np.int64)
+    stats = [(folder / name).stat() for name in classes]
+    # a copy may set the first of these times back, but not the second
+    modified = np.array([(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats], np.int64)
     index = folder.with_name(f'{folder.name}-index.npz')
     with contextlib.suppress(Exception), np.load(index) as kept:  # damaged: the folders are read again
         if classes == kept['classes'].tolist() and np.array_equal(modified, kept['modified']):

@@ -156,7 +156,7 @@ def main():
         trn_forward, evl_forward = (torch.compile(f, dynamic=False, options=options)
                                     for f in (trn_forward, evl_forward))
     if args.eval:
-        origin = load_weights(net, args.eval, shape)
+        origin = load_weights(net, args.eval, shape, crc)
         results = {name: evaluate(net, evl_forward, batches, ranks) for name, batches in evals.items()}
         if ranks.rank == 0:
             print(f'{origin}\n{about}\n{evaluation_lines(results, evals)}', end='')

@@ -557,6 +557,14 @@ def test_the_newest_run_of_these_settings_goes_on(tmp_path, capsys):
         f'{tmp_path} has no unfinished run of these settings: a new one begins.\n')
 
 
+def test_a_copy_never_logs_where_the_original_does():
+    config = dict(dataset='CIFAR10_x32', depth=20, width=1, batch=256, iters=9, lr=0.1, wd=0.1, precision='')
+    args = SimpleNamespace(log_dir=Path('logs'), seed=1)
+    for script, top in (('cifar10_x32.py', 'CIFAR10_x32'), ('mine.py', 'mine'),
+                        ('CIFAR10_x32.py', 'CIFAR10_x32-copy'), ('mine/cifar10_x32.py', 'cifar10_x32-copy')):
+        assert runs.Run(HERE / script, args, config, runs.Ranks()).folder.parts[1] == top
+
+
 def test_a_log_is_never_used_twice(tmp_path, monkeypatch):
     write_tree(tmp_path, {'notes.log': 'mine'})
     stamps = iter('112')
@@ -1463,6 +1471,7 @@ def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
         file = f'train_data_batch_{i + 1}' if batch is not val else 'val_data'
         files.setdefault(home, {})[file + kind.replace('_', '.')] = npz(**batch) if kind else pickle.dumps(
             batch, protocol=2 + i % 4)
+    (tmp_path / f'Imagenet{size}_train.tar.gz').touch()  # which is not read
     for home, batches in files.items():
         write_tree(*((tmp_path, {f'{home}.zip': zipped(batches)}) if archive else (tmp_path / home, batches)))
     refused('holds 50 images, not 1281167', data.prepare, name, tmp_path, whole=True)
@@ -1555,6 +1564,8 @@ TREES = {  # below --data-dir, and whether the order of all 1000 classes is know
     'kaggle, csv beside': (below('imagenet2012', TRAIN | FLAT_VAL) | CSV, False),
     'kaggle linked': (below('kaggle', below('ILSVRC', KAGGLE) | CSV) | {
         'imagenet2012': Path('kaggle/ILSVRC/Data/CLS-LOC')}, False),
+    'integers, kit': (below('imagenet2012', FLAT_VAL | KIT | {f'train/{i}/.keep': '' for i in range(1000)} | {
+        f'train/{int(wnid[1:])}/{i}.JPEG': '' for wnid in {*VAL} for i in range(2)}), True),
     'names of hubs': (below('imagenet2012', TRAIN | {
         f'val/ILSVRC2012_val_{i:08}_{wnid}.JPEG': '' for i, wnid in enumerate(VAL, 1)}), False),
     'train flat, folders twice': (below('imagenet2012', below('val/val', SORTED_VAL) | {
@@ -1635,10 +1646,15 @@ def test_the_list_of_files_follows_the_folders_and_is_whole_or_not_there(tmp_pat
     classes_again, again = data.list_images(tmp_path / 'train')
     assert classes_again == classes and again.path == images.path
     assert np.array_equal(again.names, images.names) and np.array_equal(again.labels, images.labels)
-    (tmp_path / 'train' / WNIDS[1] / 'new.JPEG').touch()
+    folder = tmp_path / 'train' / WNIDS[1]
+    before = folder.stat()
+    (folder / 'new.JPEG').touch()
     assert len(data.list_images(tmp_path / 'train')[1]) == 5
+    (folder / 'more.JPEG').touch()
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))  # as tar does, or shutil.copytree
+    assert len(data.list_images(tmp_path / 'train')[1]) == 6
     (tmp_path / 'train-index.npz').write_bytes(b'damaged')
-    assert len(data.list_images(tmp_path / 'train')[1]) == 5
+    assert len(data.list_images(tmp_path / 'train')[1]) == 6
 
 
 @pytest.mark.parametrize('short_side', [None, 64])
@@ -1856,6 +1872,8 @@ def test_a_log_that_contradicts_itself_is_found(repository):
             problems = tables.check(repository)
             assert any(problem.startswith(f'{path}: ') and words in problem for problem in problems), words
     assert tables.check(repository, write=True) and (repository / 'logs' / 'README.md').read_bytes() == page
+    path.write_text(re.sub(r'^ +[13579]00 .*\n', '', unfinished, flags=re.M))  # means of another length
+    assert any('every 100 updates, each once' in problem for problem in tables.check(repository))
     for good in (text, unfinished, unfinished.replace(row_1000, ''), unfinished[:unfinished.index('\n\n')]):
         path.write_text(good)
         assert not [problem for problem in tables.check(repository) if str(path) in problem]
@@ -2020,6 +2038,14 @@ def test_what_the_landing_page_says():
     assert line['hours'] == '0.50' and not {'settings', 'weights'} & line.keys()
 
 
+def test_the_landing_page_shows_the_newest_run_of_a_row(monkeypatch):
+    logs = [made(1, '20261126', device='A'), made(2, '20260101', device='A'), made(1, '20260601', device='B')]
+    monkeypatch.setattr(tables, 'read_logs', lambda *_: (logs, []))
+    page = tables.make(HERE)[0]['README.md']['results']
+    assert [line['device'] for line in cells(page)] == ['A']
+    assert 'without a run yet: CIFAR100_x32, ' in page
+
+
 def published(root):
     return [root / line[2:] for line in tables.make(root)[0]['.gitignore']['weights'].splitlines()]
 
@@ -2056,7 +2082,7 @@ def test_published_weights_give_the_figures_of_their_logs(whole, small, reposito
         dataset = config['dataset'].removesuffix('-incomplete')
         best = [row for row in log.rows if row['best']][-1]
         shape = {key: config[key] for key in ('depth', 'width', 'image_size', 'num_classes', 'mean', 'std')}
-        origin = runs.load_weights(resnet.ResNet(**shape), path, shape)
+        origin = runs.load_weights(resnet.ResNet(**shape), path, shape, config['labels_crc32'])
         assert origin == (f'weights of {config["dataset"]}, update {best["iter"]}: val acc {best["val_acc"]} '
                           'in training')
         folder = small if dataset != config['dataset'] else HERE / 'datasets'
@@ -2168,15 +2194,20 @@ def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
         torch.save(wrap({prefix + name: tensor for name, tensor in theirs.items()}), path)
         for tensor in ours.state_dict().values():
             tensor.fill_(7)
-        runs.load_weights(ours, path, dict(depth=20))
+        runs.load_weights(ours, path, dict(depth=20), '')
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), prefix
     for content in ({}, {'epoch': 3}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
         torch.save(content, path)
-        refused('x.pth .*nothing in it is called conv1.weight', runs.load_weights, ours, path, dict(depth=20))
+        refused('x.pth .*nothing in it is called conv1.weight', runs.load_weights, ours, path, dict(depth=20),
+                '')
     copy = torch.nn.ModuleDict({'backbone': ours, 'head': torch.nn.Linear(2, 2)})
-    torch.save(dict(config=dict(depth=20), net=copy.state_dict()), path)
+    config = dict(depth=20, dataset='Own', labels_crc32='0a')
+    torch.save(dict(config=config, net=copy.state_dict(), it=3, val_acc=0.5), path)
     copy.head.weight.data.zero_()
-    runs.load_weights(copy, path, dict(depth=20))
+    origin = 'weights of Own, update 3: val acc 0.5000 in training'
+    assert runs.load_weights(copy, path, dict(depth=20), '0a') == origin
+    others = runs.load_weights(copy, path, dict(depth=20), '0b')  # as of the other order of ImageNet1k
+    assert others.startswith(f'{origin}; labels of CRC-32 0a, here 0b: ')
     assert copy.head.weight.any() and not recwarn
 
 
@@ -2463,6 +2494,9 @@ def test_bench_measures_the_loader(imagenet, monkeypatch, capsys):
     assert len(table) == 3 and all(float(a) / float(b) == pytest.approx(float(r), rel=0.05, abs=0.02)
                                    for _, a, b, r in table)
     refused('needs train/ and val/', main, 'logs/bench.py', 'imagenet2012', '--data-dir', imagenet / 'no')
+    refused('by itself', main, 'logs/bench.py', 'imagenet2012', '20x1', '--data-dir', imagenet)
+    monkeypatch.setattr(data.EncodedImages, '__len__', lambda images: 31)
+    refused('has 31 images', main, 'logs/bench.py', 'imagenet2012', '--data-dir', imagenet)
 
 
 # ---- README.md ----

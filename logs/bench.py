@@ -171,6 +171,8 @@ def bench_files(data_dir, turns):
     os.environ[data.INCOMPLETE] = '1'  # some hundreds of images are enough
     parts, _, about = data.open_imagenet(data_dir)
     images, rng = parts['train'], np.random.default_rng(0)
+    if len(images) < 32:
+        raise data.UserError(f'{images.path} has {len(images)} images, but a batch of 32 is measured.')
     folder = datasets.ImageFolder(data_dir / 'imagenet2012' / 'train', transforms.Compose([
         transforms.RandomResizedCrop(data.CROP), transforms.RandomHorizontalFlip(),
         transforms.PILToTensor()]))
@@ -225,6 +227,8 @@ def main():
         parser.error('--turns starts at 1, --updates at 2')
     if 'imagenet2012' in args.nets:
         try:
+            if len(args.nets) > 1:
+                raise data.UserError('imagenet2012 is measured by itself: leave out the nets.')
             return bench_files(args.data_dir, args.turns)
         except (data.UserError, OSError) as error:
             parser.exit(2, f'bench.py: {error}\n')

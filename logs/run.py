@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import UserError, keep_freed_memory, print_all_names, say
+from data import SETS, UserError, keep_freed_memory, print_all_names, say
 
 ROOT = Path(__file__).resolve().parent.parent
 clock = time.perf_counter
@@ -272,7 +272,10 @@ class Run:
         self.live = ranks.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
         dataset = config['dataset']
         own, kind = re.fullmatch('(.*?)(-synthetic|-incomplete|)', dataset).groups()
-        top = dataset if self.script.stem == own.lower() else self.script.stem + kind
+        top = dataset
+        if self.script != ROOT / f'{own.lower()}.py':  # a copy, be it in another folder
+            name = self.script.stem
+            top = name + '-copy' * (name.lower() in map(str.lower, SETS)) + kind
         self.folder = args.log_dir / top / run_folder_name(config) / str(args.seed)
 
     def begin(self, columns, trn, about):
@@ -583,11 +586,11 @@ def weights_in(content):
     return next(filter(None, found), {})
 
 
-def load_weights(net, path, shape):
+def load_weights(net, path, shape, crc):
     """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
-    shape: the part of a config that says which net it is. Returns a line on where the weights come from.
-    Raises UserError if they do not fit.
+    shape: the part of a config that says which net it is. crc: str, CRC-32 of the labels here. Returns a line
+    on where the weights come from, and whether with other labels. Raises UserError if they do not fit.
     """
     content = read_checkpoint(path, shape)
     # ours may be of a copy of a script, which may have another net
@@ -600,8 +603,10 @@ def load_weights(net, path, shape):
         raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
     if 'it' not in content:  # a last.pt, or from elsewhere
         return f'weights of {path}'
+    theirs = content['config'].get('labels_crc32', crc)
+    note = f'; labels of CRC-32 {theirs}, here {crc}: other images, or another order of them or of classes'
     return (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
-            f'{content["val_acc"]:.4f} in training')
+            f'{content["val_acc"]:.4f} in training{note * (theirs != crc)}')
 
 
 # ---- errors ----

@@ -110,7 +110,7 @@ def contradictions(log, logs):
         yield f'with these settings it belongs in {place}'
     if not re.fullmatch(r'\d{8}-\d{6}', log.path.stem):
         yield 'its name is not the time of its start, like 20261124-183000.log'
-    every = int(rows[0]['iter']) if rows else 1
+    every = min(1000, max(1, config['iters'] // 10))
     complete = [*range(every, config['iters'], every), config['iters']]
     if [int(row['iter']) for row in rows] != (complete if log.result else complete[:len(rows)]):
         yield f'its rows are not those of every {every} updates, each once, up to {config["iters"]}'
@@ -337,7 +337,7 @@ def make(root):
         tables += f'### {dataset}\n\n{picture}{data_set_table(mine)}\n'
     published = [weights(log).relative_to(root) for _, runs in finished for log in runs if weights(log)]
     by_row = itertools.groupby(finished, key=lambda line: reference.index(line[0]))
-    newest = [max(runs, key=lambda line: line[1][-1].path.name) for _, runs in by_row]
+    newest = [max(runs, key=lambda line: max(log.path.name for log in line[1])) for _, runs in by_row]
     full = [line for line in newest if compare(*line)[1]]
     return {
         'README.md': {'headline': on_finished(*full[0]) if full else '',
