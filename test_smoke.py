@@ -1647,9 +1647,9 @@ def test_the_list_of_files_follows_the_folders_and_is_whole_or_not_there(tmp_pat
     assert classes_again == classes and again.path == images.path
     assert np.array_equal(again.names, images.names) and np.array_equal(again.labels, images.labels)
     folder = tmp_path / 'train' / WNIDS[1]
-    before = folder.stat()
     (folder / 'new.JPEG').touch()
     assert len(data.list_images(tmp_path / 'train')[1]) == 5
+    before = folder.stat()
     (folder / 'more.JPEG').touch()
     os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))  # as tar does, or shutil.copytree
     assert len(data.list_images(tmp_path / 'train')[1]) == 6
