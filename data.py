@@ -891,7 +891,8 @@ def open_imagenet(data_dir, packed=True):
     wnids = next((order for order in orders if len(order) == facts['classes']), set().union(*found))
     wnids = sorted(wnids, key=lambda wnid: (len(wnid), wnid))  # integers by their value
     parts = {part: label_images(*pair, wnids, facts['classes'], facts[part]) for part, pair in parts.items()}
-    which = 'the sorted wnids' if len(wnids) == facts['classes'] else f'the {len(wnids)} sorted wnids found'
+    kind = 'integers' if wnids[0].isdigit() else 'sorted wnids'
+    which = f'the {kind}' if len(wnids) == facts['classes'] else f'the {len(wnids)} {kind} found'
     return parts, wnids, f'imagenet2012, classes are {which}'
 
 

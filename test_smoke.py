@@ -1597,6 +1597,16 @@ def test_layouts_of_imagenet(tmp_path, layout):
         refused('imagenet2012: val has images of 1 classes that no ', load, tmp_path, batch=4)
 
 
+def test_integer_folders_have_the_names_of_their_labels(tmp_path):
+    for part in ('train', 'val'):
+        write_tree(tmp_path / 'imagenet2012' / part, {f'{i}/a.JPEG': '' for i in range(1000)})
+    parts, names, about = data.open_imagenet(tmp_path)
+    assert names == [str(i) for i in range(1000)] and about == 'imagenet2012, classes are the integers'
+    for images in parts.values():
+        assert [names[label] for label in images.labels] == [
+            os.fsdecode(name).split('/')[0] for name in images.names.tolist()]
+
+
 def test_test_sets_of_imagenet(imagenet):
     """Integer folders are classes 0, 1, 10, 2 and not 0, 1, 2, 3; few classes restrict the logits to them."""
     import imagenet2012
@@ -2208,6 +2218,8 @@ def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
     assert runs.load_weights(copy, path, dict(depth=20), '0a') == origin
     others = runs.load_weights(copy, path, dict(depth=20), '0b')  # as of the other order of ImageNet1k
     assert others.startswith(f'{origin}; labels of CRC-32 0a, here 0b: ')
+    torch.save(dict(config=config, net=copy.state_dict()), path)  # a last.pt
+    assert 'x.pth; labels of CRC-32 0a, here 0b: ' in runs.load_weights(copy, path, dict(depth=20), '0b')
     assert copy.head.weight.any() and not recwarn
 
 

@@ -601,12 +601,13 @@ def load_weights(net, path, shape, crc):
     except (RuntimeError, TypeError) as error:  # the message lists keys and shapes
         reason = ' '.join(str(error).split())[:200]
         raise UserError(f'{path} does not fit --depth and --width ({reason} ...)') from error
-    if 'it' not in content:  # a last.pt, or from elsewhere
-        return f'weights of {path}'
-    theirs = content['config'].get('labels_crc32', crc)
-    note = f'; labels of CRC-32 {theirs}, here {crc}: other images, or another order of them or of classes'
-    return (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
-            f'{content["val_acc"]:.4f} in training{note * (theirs != crc)}')
+    origin = f'weights of {path}'
+    if 'it' in content:  # or else a last.pt, or from elsewhere
+        origin = (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
+                  f'{content["val_acc"]:.4f} in training')
+    if (theirs := content.get('config', {}).get('labels_crc32', crc)) != crc:
+        origin += f'; labels of CRC-32 {theirs}, here {crc}: other images, or another order, of classes maybe'
+    return origin
 
 
 # ---- errors ----
