@@ -264,8 +264,7 @@ CLUTTER = r'[.@$].*|__MACOSX|Thumbs\.db|desktop\.ini|lost\+found|System Volume I
 def sources(name, data_dir):
     """Files and folders in data_dir that a set is made from, the first choice first."""
     found = [path for path in (data_dir.iterdir() if data_dir.is_dir() else ())
-             if re.fullmatch(SOURCES[name].files, path.name, re.IGNORECASE)
-             and (path.is_dir() or path.suffix in ('.zip', '.gz'))]
+             if re.fullmatch(SOURCES[name].files, path.name + '/' * path.is_dir(), re.IGNORECASE)]
     return sorted(found, key=lambda path: (path.name == 'imagenet2012', path.is_file(), path))
 
 
@@ -529,21 +528,22 @@ class ArrayUnpickler(pickle._Unpickler):
         return self.ALLOWED[module, name]
 
 
-# prepare: function that makes a set. files: names of what it is made from. missing: what if there is none.
+# prepare: function that makes a set. files: names of what it is made from, folders with a slash at the end.
+# missing: what if there is none.
 Source = collections.namedtuple('Source', 'prepare files missing')
 DOWNLOADED = 'downloaded when needed'
 FETCH = 'missing: put Imagenet{0}_train and Imagenet{0}_val, or imagenet2012, here'
 SOURCES = {
-    'CIFAR10_x32': Source(prepare_cifar, r'cifar-10-batches-py|cifar-10-python\.tar\.gz', DOWNLOADED),
-    'CIFAR100_x32': Source(prepare_cifar, r'cifar-100-python(\.tar\.gz)?', DOWNLOADED),
-    'TinyImageNet200_x32': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
-    'TinyImageNet200_x64': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(\.zip)?', DOWNLOADED),
+    'CIFAR10_x32': Source(prepare_cifar, r'cifar-10-batches-py/|cifar-10-python\.tar\.gz', DOWNLOADED),
+    'CIFAR100_x32': Source(prepare_cifar, r'cifar-100-python(/|\.tar\.gz)', DOWNLOADED),
+    'TinyImageNet200_x32': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(/|\.zip)', DOWNLOADED),
+    'TinyImageNet200_x64': Source(prepare_tiny_imagenet, r'tiny-imagenet-200(/|\.zip)', DOWNLOADED),
     'ImageNet1k_x32': Source(
-        prepare_imagenet1k, r'imagenet32(\D.*)?(?<!\.gz)|imagenet2012', FETCH.format(32)),
+        prepare_imagenet1k, r'imagenet32(\D.*)?(/|\.zip)|imagenet2012/', FETCH.format(32)),
     'ImageNet1k_x64': Source(
-        prepare_imagenet1k, r'imagenet64(\D.*)?(?<!\.gz)|imagenet2012', FETCH.format(64)),
+        prepare_imagenet1k, r'imagenet64(\D.*)?(/|\.zip)|imagenet2012/', FETCH.format(64)),
     'imagenet2012': Source(
-        None, 'imagenet2012-pack|imagenet2012', 'missing: put the official archives here, then unpack'),
+        None, 'imagenet2012(-pack)?/', 'missing: put the official archives here, then unpack'),
 }
 
 

@@ -2217,9 +2217,10 @@ def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
     origin = 'weights of Own, update 3: val acc 0.5000 in training'
     assert runs.load_weights(copy, path, dict(depth=20), '0a') == origin
     others = runs.load_weights(copy, path, dict(depth=20), '0b')  # as of the other order of ImageNet1k
-    assert others.startswith(f'{origin}; labels of CRC-32 0a, here 0b: ')
+    assert others.startswith(f'{origin}; trained with other labels (CRC-32 0a, here 0b): ')
     torch.save(dict(config=config, net=copy.state_dict()), path)  # a last.pt
-    assert 'x.pth; labels of CRC-32 0a, here 0b: ' in runs.load_weights(copy, path, dict(depth=20), '0b')
+    others = runs.load_weights(copy, path, dict(depth=20), '0b')
+    assert 'x.pth; trained with other labels (CRC-32 0a, here 0b): ' in others
     assert copy.head.weight.any() and not recwarn
 
 

@@ -606,7 +606,8 @@ def load_weights(net, path, shape, crc):
         origin = (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
                   f'{content["val_acc"]:.4f} in training')
     if (theirs := content.get('config', {}).get('labels_crc32', crc)) != crc:
-        origin += f'; labels of CRC-32 {theirs}, here {crc}: other images, or another order, of classes maybe'
+        origin += (f'; trained with other labels (CRC-32 {theirs}, here {crc}): other images, or another '
+                   'order of images or classes')
     return origin
 
 
