@@ -119,10 +119,10 @@ def main():
     if not args.synthetic:
         ranks.rank_0_first(data.prepare, DATASET, args.data_dir)
     per_pass = args.batch // world // args.accum  # images that go through one rank's net at once, val's too
-    trn, evals, about, crc = data.load(DATASET, args.data_dir, args.batch, per_pass, args.seed, device,
-                                       ranks.rank, world, args.synthetic, args.workers,
-                                       trained_elsewhere=bool(args.eval))
-    ranks.require_same(f'images {about}, CRC-32 of the labels {crc}', 'give all the same data and packages')
+    trn, evals, about, fingerprint = data.load(
+        DATASET, args.data_dir, args.batch, per_pass, args.seed, device, ranks.rank, world, args.synthetic,
+        args.workers, trained_elsewhere=bool(args.eval))
+    ranks.require_same(f'images {about}, {fingerprint}', 'give all the same data and packages')
 
     # network, optimizer and the two forward passes
     facts = data.SETS[DATASET]
@@ -156,7 +156,7 @@ def main():
         trn_forward, evl_forward = (torch.compile(f, dynamic=False, options=options)
                                     for f in (trn_forward, evl_forward))
     if args.eval:
-        origin = load_weights(net, args.eval, shape, crc)
+        origin = load_weights(net, args.eval, shape, fingerprint)
         results = {name: evaluate(net, evl_forward, batches, ranks) for name, batches in evals.items()}
         if ranks.rank == 0:
             print(f'{origin}\n{about}\n{evaluation_lines(results, evals)}', end='')
@@ -167,7 +167,7 @@ def main():
     best_acc, best_nll, best_net = -1.0, 0.0, {}
     stats = torch.zeros(3, device=device)  # since the last row: summed loss, correct answers, skipped updates
     kind = '-synthetic' if args.synthetic else '-incomplete' if data.incomplete_allowed() else ''
-    config = shape | dict(dataset=DATASET + kind, labels_crc32=crc, params=parameters(net), seed=args.seed,
+    config = shape | dict(dataset=DATASET + kind, **fingerprint, params=parameters(net), seed=args.seed,
                           batch=args.batch, iters=args.iters, lr=args.lr, wd=args.wd,
                           precision=args.precision, momentum=MOMENTUM, warmup=WARMUP)
     run = Run(__file__, args, config, ranks)

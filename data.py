@@ -659,8 +659,8 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         are for given weights, with which only labels in the order of all classes agree.
     Returns:
         (TrainBatches, {'val': EvalBatches, 'tst': the same if there is a test set}, str: how many images
-        from where, str: CRC-32 of the labels of training and validation, in their order);
-        of imagenet2012 the same for files, and the test sets are IN-V2 and others on disk.
+        from where, dict: see fingerprint_of); of imagenet2012 the same for files, and the test sets are
+        IN-V2 and others on disk.
     Raises:
         UserError: images or labels are missing, or do not fit name, batch or given weights.
     """
@@ -677,13 +677,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
         parts, wnids, about = open_imagenet(data_dir)
         parts |= open_test_sets(data_dir, wnids, warn=rank == 0)
         check_parts(name, data_dir, parts, len(wnids), trained_elsewhere, batch)
-        about, crc = f'{about}, decoded by {jpeg_decoder()[0]}', label_checksum(parts)
+        about, fingerprint = f'{about}, decoded by {jpeg_decoder()[0]}', fingerprint_of(parts)
         shared = device, default_workers() if workers is None else workers, rank, world
         trn = JpegTrainBatches(parts.pop('train'), batch, seed, *shared)
         few = [key for key, (_, classes, _) in IMAGENET_TESTS.items() if classes < facts['classes']]
         evals = {key: JpegEvalBatches(images, eval_batch, *shared, restrict=key in few)
                  for key, images in parts.items()}
-        return trn, evals, f'{sizes(trn, evals)} from {about}', crc
+        return trn, evals, f'{sizes(trn, evals)} from {about}', fingerprint
 
     if synthetic:
         train, test, about = *synthetic_arrays(name, batch), 'generated images, to try things out with'
@@ -696,13 +696,13 @@ def load(name, data_dir, batch, eval_batch, seed, device, rank=0, world=1, synth
     if not synthetic:
         names = class_names(data_dir / name) if name in SOURCES else []
         check_parts(name, data_dir, parts, len(names) or facts['classes'], trained_elsewhere, batch)
-    crc = label_checksum(parts)
+    fingerprint = fingerprint_of(parts)
     used = {key: arrays for key, arrays in parts.items() if key != 'train' or not trained_elsewhere}
     if sum(t.nbytes for arrays in used.values() for t in arrays) < room(device):
         parts |= {key: Arrays(*(t.to(device) for t in arrays)) for key, arrays in used.items()}
     trn = TrainBatches(parts.pop('train'), batch, seed, device, rank, world)
     evals = {key: EvalBatches(arrays, eval_batch, device, rank, world) for key, arrays in parts.items()}
-    return trn, evals, f'{sizes(trn, evals)} from {about}', crc
+    return trn, evals, f'{sizes(trn, evals)} from {about}', fingerprint
 
 
 def sizes(trn, evals):
@@ -724,9 +724,11 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
     known: classes whose order is known. Given weights need all; others know those of the training images.
     """
     facts, train = SETS[name], parts['train']
+    made = name in SOURCES and name != 'imagenet2012'  # arrays, by us
+    remedy = f' Put them there, then delete {data_dir / name}, made without them.' if made else ''
     for key, images in parts.items():
-        if images is not train and not len(images):
-            raise UserError(f'{data_dir} has no images of {name} for {key}.')
+        if not len(images) and not (images is train and trained_elsewhere):
+            raise UserError(f'{data_dir} has no images of {name} for {key}.{remedy}')
     if trained_elsewhere:
         if known < facts['classes']:
             raise UserError(f'{data_dir} has {known} of the {facts["classes"]} classes of {name}, and '
@@ -749,10 +751,13 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
                             f'such as class {unseen[-1]}. Shuffle the training file, or take these out.')
 
 
-def label_checksum(parts):
-    """CRC-32 of the labels of training and validation: all ranks, and a run that goes on, have the same."""
+def fingerprint_of(parts):
+    """Which images a run has, for its config: all ranks, and a run that goes on, have the same.
+
+    {'trn_images': int, 'labels_crc32': str, CRC-32 of the labels of training, then validation, hexadecimal}.
+    """
     labels = b''.join(np.asarray(parts[key].labels).tobytes() for key in ('train', 'val'))
-    return f'{zlib.crc32(labels):08x}'
+    return {'trn_images': len(parts['train']), 'labels_crc32': f'{zlib.crc32(labels):08x}'}
 
 
 # ---- opening: arrays ----
@@ -796,6 +801,8 @@ def read_arrays(name, folder, remedy=None):
         for file, mode in ((images_file, 'r'), (labels_file, None)):  # Linux counts mode 'c' as memory
             try:
                 arrays.append(np.load(folder / file, mmap_mode=mode))
+                if not isinstance(arrays[-1], np.ndarray):
+                    raise ValueError('it is an npz archive')
             except (OSError, ValueError, EOFError) as error:
                 advice = '' if isinstance(error, OSError) else f' {remedy}'  # the file may be good
                 raise UserError(f'{name}: {file} cannot be read ({error}).{advice}') from error
@@ -965,7 +972,8 @@ def read_lists(data_dir):
 def label_images(classes, images, wnids, class_count, image_count):
     """EncodedImages of list_images, labelled by their class: an integer, or its place in `wnids`.
 
-    Raises UserError for a class that is not in `wnids`, and for other counts of classes or images.
+    Raises UserError for a class that is not in `wnids`, for other counts of classes or images, and for a test
+    set of few classes whose integers count those.
     """
     place = {wnid: i for i, wnid in enumerate(wnids)}
     labels = [int(name) if name.isdigit() else place.get(name, -1) for name in classes]
@@ -974,6 +982,9 @@ def label_images(classes, images, wnids, class_count, image_count):
                if not 0 <= label < len(wnids) or (name.isdigit() and not complete)]
     if unknown:
         raise UserError(f'{images.path}: {unknown[0]} is none of the {len(wnids)} classes of imagenet2012/.')
+    if class_count < len(wnids) and {*classes} == {*map(str, range(class_count))}:
+        raise UserError(f'{images.path} has the folders 0 to {class_count - 1}, which seem to count its own '
+                        'classes: name them by wnids, or by places among all 1000.')
     if (len(classes), len(images)) != (class_count, image_count) and not incomplete_allowed():
         raise UserError(f'{images.path} holds {len(images)} of {image_count} images, in {len(classes)} of '
                         f'{class_count} classes. Unpack its archive again (for imagenet2012, python data.py '

@@ -284,7 +284,7 @@ def save_arrays(folder, which, images, labels):
 
 def load(folder, rank=0, world=1, name='imagenet2012', seed=7, batch=8, eval_batch=4, device='cpu', workers=0,
          **options):
-    """(training batches, {name: evaluation batches}, their origin, CRC-32 of the labels)"""
+    """(training batches, {name: evaluation batches}, their origin, their fingerprint)"""
     return data.load(name, folder, batch, eval_batch, seed, device, rank, world, workers=workers, **options)
 
 
@@ -548,7 +548,7 @@ def test_the_newest_run_of_these_settings_goes_on(tmp_path, capsys):
             write_tree(tmp_path, {f'{stamp}-0.last.pt': ''})
     kept, found = f'{tmp_path}/5-0.log has no checkpoint beside it: it stays as it is.\n', []
     for _ in range(4):
-        found.append(log := runs.open_log(tmp_path, True, dict(momentum=0.9, labels_crc32='x')))
+        found.append(log := runs.open_log(tmp_path, True, dict(momentum=0.9, trn_images=1, labels_crc32='x')))
         log.with_suffix('.last.pt').unlink(missing_ok=True)
         log.write_text('\nRESULT dataset=x\n')
     assert [log.stem for log in found[:3]] == ['2-0', '1-0', '3-0']
@@ -1310,6 +1310,9 @@ def test_ready_made_arrays_are_checked(tmp_path):
     save_arrays(folder, 'train', images, labels)
     os.truncate(folder / 'test_images.npy', 5000)
     refused('test_images.npy cannot be read.*Delete', data.read_arrays, 'CIFAR10_x32', folder)
+    np.savez(folder / 'x.npz', images)
+    (folder / 'x.npz').rename(folder / 'test_images.npy')
+    refused('test_images.npy cannot be read .it is an npz', data.read_arrays, 'CIFAR10_x32', folder)
     (folder / 'test_labels.npy').unlink()
     refused('lacks test_labels.npy', data.prepare, 'CIFAR10_x32', tmp_path)
 
@@ -1357,16 +1360,19 @@ def test_data_are_prepared_once_on_each_machine():
 def test_other_images_are_refused(trial, monkeypatch):
     """And another precision, on a rank, since each machine may have a disk and a CPU of its own: here rank 0
     says what it has found. And in a run that goes on."""
-    images = r'images 204 trn, 46 val, 50 tst from ready-made arrays, CRC-32 of the labels \w+'
+    images = r'images 204 trn, 46 val, 50 tst from ready-made arrays, .*labels_crc32.*'
     for what, ours, theirs in ((images, '46 val', '45 val'), (images, 'made arrays', 'made images'),
-                               (images, 'labels', 'labels 0'), ('--precision fp32', 'fp32', 'bf16')):
+                               (images, 'crc32', 'crc 32'), ('--precision fp32', 'fp32', 'bf16')):
         with monkeypatch.context() as patch:
             patch.setattr(runs.Ranks, 'from_rank_0', lambda self, text, a=ours, b=theirs: text.replace(a, b))
             for flags in ([], ['--eval', 'none']):
                 refused(f'rank 0 has .*{what}; .* has .*{what.replace(ours, theirs)}: ', trial.main, *flags)
     trial.stop(5)
     before = trial.text
-    monkeypatch.setattr(data, 'label_checksum', lambda parts: 'others')
+    with monkeypatch.context() as patch:  # a usual split, of the same labels in the same order
+        patch.setitem(data.SETS, 'CIFAR10_x32', data.SETS['CIFAR10_x32'] | dict(train=45000, val=5000))
+        refused('was made with trn_images 204, here it is 225', trial.main, '--resume')
+    monkeypatch.setattr(data, 'fingerprint_of', lambda parts: {'labels_crc32': 'others'})
     refused(r'was made with labels_crc32 \w{8}, here it is others', trial.main, '--resume')
     assert trial.text == before
 
@@ -1483,6 +1489,9 @@ def test_official_imagenet_batches(tmp_path, size, folders, archive, kind):
     assert (test_labels + 1).tolist() == val['labels'] and 'own order' in about
     trn, evals, *_ = load(tmp_path, name=name)
     assert len(trn) == 50 and list(evals) == ['val'] and len(evals['val']) == 7
+    for which, key in (('test', 'val'), ('train', 'train')):  # made before these were there
+        save_arrays(tmp_path / name, which, np.zeros((0, size, size, 3), np.uint8), labels[:0])
+        refused(f'has no images of {name} for {key}. Put them .* delete .*/{name}', load, tmp_path, name=name)
 
 
 def test_downsampled_imagenet_from_the_original_images(imagenet, tmp_path):
@@ -1621,6 +1630,9 @@ def test_test_sets_of_imagenet(imagenet):
     restricted = F.cross_entropy(torch.tensor([[1.0, 5.0]] * 4), torch.tensor([0, 0, 1, 1]))
     assert accuracy == 0.5 and nll == pytest.approx(restricted.item())
     refused('n00000002 ', data.label_images, *data.list_images(imagenet / 'imagenet-r'), WNIDS[:2], 2, 4)
+    numbered = data.EncodedImages('x', np.array([b'a', b'b']), np.array([0, 1]))
+    assert data.label_images(['0', '10'], numbered, ALL_WNIDS, 2, 2).labels.tolist() == [0, 10]
+    refused('x has the folders 0 to 1, .* by wnids', data.label_images, ['0', '1'], numbered, ALL_WNIDS, 2, 2)
 
 
 def test_optional_test_sets_never_stop_a_run(imagenet, tmp_path, capsys):
@@ -2092,7 +2104,8 @@ def test_published_weights_give_the_figures_of_their_logs(whole, small, reposito
         dataset = config['dataset'].removesuffix('-incomplete')
         best = [row for row in log.rows if row['best']][-1]
         shape = {key: config[key] for key in ('depth', 'width', 'image_size', 'num_classes', 'mean', 'std')}
-        origin = runs.load_weights(resnet.ResNet(**shape), path, shape, config['labels_crc32'])
+        same = {'labels_crc32': config['labels_crc32']}
+        origin = runs.load_weights(resnet.ResNet(**shape), path, shape, same)
         assert origin == (f'weights of {config["dataset"]}, update {best["iter"]}: val acc {best["val_acc"]} '
                           'in training')
         folder = small if dataset != config['dataset'] else HERE / 'datasets'
@@ -2204,23 +2217,25 @@ def test_weights_are_found_wherever_they_are_in_a_file(tmp_path, recwarn):
         torch.save(wrap({prefix + name: tensor for name, tensor in theirs.items()}), path)
         for tensor in ours.state_dict().values():
             tensor.fill_(7)
-        runs.load_weights(ours, path, dict(depth=20), '')
+        runs.load_weights(ours, path, dict(depth=20), {'trn_images': 9})
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items()), prefix
     for content in ({}, {'epoch': 3}, {1: {2: 3}}, {'state': {}, 'param_groups': []}):
         torch.save(content, path)
         refused('x.pth .*nothing in it is called conv1.weight', runs.load_weights, ours, path, dict(depth=20),
-                '')
+                {})
     copy = torch.nn.ModuleDict({'backbone': ours, 'head': torch.nn.Linear(2, 2)})
     config = dict(depth=20, dataset='Own', labels_crc32='0a')
     torch.save(dict(config=config, net=copy.state_dict(), it=3, val_acc=0.5), path)
     copy.head.weight.data.zero_()
     origin = 'weights of Own, update 3: val acc 0.5000 in training'
-    assert runs.load_weights(copy, path, dict(depth=20), '0a') == origin
-    others = runs.load_weights(copy, path, dict(depth=20), '0b')  # as of the other order of ImageNet1k
-    assert others.startswith(f'{origin}; trained with other labels (CRC-32 0a, here 0b): ')
-    torch.save(dict(config=config, net=copy.state_dict()), path)  # a last.pt
-    others = runs.load_weights(copy, path, dict(depth=20), '0b')
-    assert 'x.pth; trained with other labels (CRC-32 0a, here 0b): ' in others
+    here = {'trn_images': 8, 'labels_crc32': '0a'}  # the checkpoint is an older one, without the first
+    assert runs.load_weights(copy, path, dict(depth=20), here) == origin
+    others = runs.load_weights(copy, path, dict(depth=20), here | {'labels_crc32': '0b'})  # another order
+    assert others == f'{origin}; trained on other images, or in another order of images or classes ' \
+                     '(labels_crc32 0a, here 0b)'
+    torch.save(dict(config=config | {'trn_images': 9}, net=copy.state_dict()), path)  # a last.pt
+    others = runs.load_weights(copy, path, dict(depth=20), here)
+    assert 'x.pth; trained on other images' in others and others.endswith('(trn_images 9, here 8)')
     assert copy.head.weight.any() and not recwarn
 
 

@@ -460,9 +460,9 @@ def open_log(folder, resume, config):
         unfinished = []
         for path in sorted(folder.glob('[0-9]*-[0-9]*.log')) if resume else ():
             text = path.read_text(encoding='utf-8', errors='replace')
-            # labels that are not those of its checkpoint are an error, other settings another run's
+            # images that are not those of its checkpoint are an error, other settings another run's
             same = not text or all(header_line(*item) in text for item in config.items()
-                                   if item[0] != 'labels_crc32')
+                                   if item[0] not in ('trn_images', 'labels_crc32'))
             if re.search('^RESULT .*\n', text, re.M) or not same:  # a full disk may have cut it short
                 continue
             saved = any(path.with_suffix(f'.{kind}.pt').exists() for kind in ('last', 'prev'))
@@ -586,11 +586,12 @@ def weights_in(content):
     return next(filter(None, found), {})
 
 
-def load_weights(net, path, shape, crc):
+def load_weights(net, path, shape, fingerprint):
     """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
-    shape: the part of a config that says which net it is. crc: str, CRC-32 of the labels here. Returns a line
-    on where the weights come from, and whether with other labels. Raises UserError if they do not fit.
+    shape: the part of a config that says which net it is. fingerprint: the part that says which images are
+    here. Returns a line on where the weights come from, and whether they were trained on other images. Raises
+    UserError if they do not fit.
     """
     content = read_checkpoint(path, shape)
     # ours may be of a copy of a script, which may have another net
@@ -605,9 +606,10 @@ def load_weights(net, path, shape, crc):
     if 'it' in content:  # or else a last.pt, or from elsewhere
         origin = (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
                   f'{content["val_acc"]:.4f} in training')
-    if (theirs := content.get('config', {}).get('labels_crc32', crc)) != crc:
-        origin += (f'; trained with other labels (CRC-32 {theirs}, here {crc}): other images, or another '
-                   'order of images or classes')
+    theirs = content.get('config', {})
+    if differ := [f'{key} {theirs[key]}, here {value}' for key, value in fingerprint.items()
+                  if theirs.get(key, value) != value]:
+        origin += f'; trained on other images, or in another order of images or classes ({"; ".join(differ)})'
     return origin
 
 
