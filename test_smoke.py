@@ -49,8 +49,11 @@ try:
     import resource
 except ImportError:  # Windows lacks it
     resource = None
-pytestmark = pytest.mark.skipif(
-    sys.platform != 'linux', reason='the tests look into /proc and limit processes as Linux does')
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != 'linux', reason='the tests look into /proc and limit processes as Linux does'),
+    # Python 3.12 and newer say so of every loader process; outside of tests they keep it to themselves
+    pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')]
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = [name.lower() for name in data.SETS]
@@ -1160,9 +1163,11 @@ def test_a_signal_to_data_py_leaves_nothing(tmp_path, monkeypatch):
 def test_a_preparation_goes_on_when_nobody_listens(tmp_path, monkeypatch):
     read, write = os.pipe()
     os.close(read)
-    monkeypatch.setattr(sys, 'stdout', open(write, 'w'))
+    monkeypatch.setattr(sys, 'stdout', closed := open(write, 'w'))
     data.write_arrays(tmp_path, 'train', 32, [(x.numpy() for x in arrays(9))], 9)
     assert len(np.load(tmp_path / 'train_images.npy')) == 9
+    with contextlib.suppress(BrokenPipeError):
+        closed.close()
 
 
 def test_a_download_does_not_wait_for_ever(tmp_path, monkeypatch):
