@@ -724,8 +724,8 @@ def check_parts(name, data_dir, parts, known, trained_elsewhere, batch):
     known: classes whose order is known. Given weights need all; others know those of the training images.
     """
     facts, train = SETS[name], parts['train']
-    made = name in SOURCES and name != 'imagenet2012'  # arrays, by us
-    remedy = f' Put them there, then delete {data_dir / name}, made without them.' if made else ''
+    prepared = name in SOURCES and SOURCES[name].prepare
+    remedy = f' Put them there, then delete {data_dir / name}, made without them.' if prepared else ''
     for key, images in parts.items():
         if not len(images) and not (images is train and trained_elsewhere):
             raise UserError(f'{data_dir} has no images of {name} for {key}.{remedy}')

@@ -542,11 +542,15 @@ def read_checkpoint(path, config, *parts):
         elif 'unsupported global' in str(error).lower():  # torch spells it in two ways
             reason = 'it holds objects, whose code is not run: save the state_dict() of a model instead'
         raise UserError(f'{path} cannot be read as a checkpoint ({reason}).') from error
-    theirs = state.get('config', {})
-    for key, value in config.items():
-        if theirs.get(key, value) != value:  # older ones lack some
-            raise UserError(f'{path} was made with {key} {theirs[key]}, here it is {value}.')
+    if differ := differences(state.get('config', {}), config):
+        key, theirs, ours = differ[0]
+        raise UserError(f'{path} was made with {key} {theirs}, here it is {ours}.')
     return state
+
+
+def differences(theirs, ours):
+    """[(key, their value, our value)] of two configs, where both have the key: older ones lack some."""
+    return [(key, theirs[key], value) for key, value in ours.items() if theirs.get(key, value) != value]
 
 
 def read_last_checkpoint(last, previous, config):
@@ -590,8 +594,8 @@ def load_weights(net, path, shape, fingerprint):
     """Loads a best.pt or last.pt, or a state_dict from elsewhere, bare or in a dict, into a net.
 
     shape: the part of a config that says which net it is. fingerprint: the part that says which images are
-    here. Returns a line on where the weights come from, and whether they were trained on other images. Raises
-    UserError if they do not fit.
+    here. Returns a line on where the weights come from, and whether they were trained on other images, unless
+    no training images are here. Raises UserError if they do not fit.
     """
     content = read_checkpoint(path, shape)
     # ours may be of a copy of a script, which may have another net
@@ -606,10 +610,10 @@ def load_weights(net, path, shape, fingerprint):
     if 'it' in content:  # or else a last.pt, or from elsewhere
         origin = (f'weights of {content["config"]["dataset"]}, update {content["it"]}: val acc '
                   f'{content["val_acc"]:.4f} in training')
-    theirs = content.get('config', {})
-    if differ := [f'{key} {theirs[key]}, here {value}' for key, value in fingerprint.items()
-                  if theirs.get(key, value) != value]:
-        origin += f'; trained on other images, or in another order of images or classes ({"; ".join(differ)})'
+    differ = differences(content.get('config', {}), fingerprint)
+    if differ and fingerprint['trn_images']:
+        facts = '; '.join(f'{key} {theirs}, here {ours}' for key, theirs, ours in differ)
+        origin += f'; trained on other images, or in another order of images or classes ({facts})'
     return origin
 
 
