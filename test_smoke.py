@@ -1606,6 +1606,8 @@ def test_layouts_of_imagenet(tmp_path, layout):
     else:
         refused('has 3 of the 1000 classes .*unpack', load, tmp_path, batch=4, trained_elsewhere=True)
         load(tmp_path, batch=4)  # but good for a trial
+    if layout == 'val alone':  # these are the originals: nothing is to be deleted
+        refused('no images of imagenet2012 for train.$', load, tmp_path, batch=4)
     if layout in ('kit', 'names of hubs'):
         shutil.rmtree(tmp_path / 'imagenet2012/train/n00000003')
         refused('imagenet2012: val has images of 1 classes that no ', load, tmp_path, batch=4)
